@@ -1,0 +1,1 @@
+"""Who mixes: backends for the slot `Attention.attend`."""

@@ -1,0 +1,36 @@
+"""Apply a stack to a policy, option by option, in the order of the stack's fields."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pi0exp.config import Stack
+from pi0exp.option import Numerics, Option
+from pi0exp.policy import Policy
+
+if TYPE_CHECKING:
+    from pi0exp.machine import Machine
+
+
+def apply_stack(policy: Policy, stack: Stack) -> Iterator[tuple[str, Option]]:
+    """Apply the options one after the other; yields (group, option) after each that changed the policy."""
+    for group, option in stack.options():
+        policy.begin(group)
+        option.apply(policy)
+        if group in policy.applied:
+            yield group, option
+
+
+def unmet(stack: Stack, machine: "Machine") -> list[str]:
+    """Why this stack cannot run on that machine, and which of its options exclude each other."""
+    needs = [f"{group}: {reason}" for group, option in stack.parts() for reason in option.requires.unmet(machine)]
+    return needs + [f"{group}: {reason}" for group, option in stack.parts() for reason in option.clashes(stack)]
+
+
+def numerics(stack: Stack) -> Numerics:
+    """The word of the stack as a whole: that of its weakest option."""
+    return max((option.numerics for _, option in stack.parts()), key=lambda word: word.rank)
+
+
+def proofs(stack: Stack) -> list[tuple[str, str]]:
+    """What a GPU profile must show of every option that can be shown."""
+    return [(group, option.proof) for group, option in stack.parts() if option.proof]

@@ -1,0 +1,82 @@
+"""What a person reads after a run: one compact card, and one table after a sweep."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from pi0exp.config import GROUPS
+
+CONSOLE_WIDTH = 100
+
+
+def console() -> Console:
+    """A terminal's own width; a fixed one where the output goes to a file or pipe."""
+    found = Console(highlight=False, soft_wrap=True)
+    return found if found.is_terminal else Console(highlight=False, soft_wrap=True, width=CONSOLE_WIDTH)
+
+
+def card(record: dict[str, Any], run_id: str, settled: bool) -> str:
+    """The record of a point as a few lines of text."""
+    params, metrics, facts, machine = record["params"], record["metrics"], record["facts"], record["fingerprint"]
+    outcome = record["outcome"]
+    rows = [
+        ("stack", " ".join(f"{name}={value}" for name, value in params.items() if name.split(".")[0] in GROUPS)),
+        ("model", f"{params['model']}, {facts.get('weights', params.get('model.checkpoint', 'random'))} weights"),
+        ("workload", _workload(params, facts)),
+        ("machine", f"{machine['gpu']}, torch {machine['versions'].get('torch', '?')}" + _cpu(machine)),
+    ]
+    if outcome == "ok":
+        rows += [("latency", _latency(metrics)), ("host to host", f"p50 {metrics['latency_host_ms/p50']:.2f} ms")]
+        if "roofline/share" in metrics:
+            rows.append(("roofline", f"floor {metrics['roofline/floor_ms']:.2f} ms, {100 * metrics['roofline/share']:.0f} % of it reached"))
+    if "error/rel_l2" in metrics:
+        rows.append(("error", _error(record)))
+    rows.append(("outcome", outcome + (" (already measured; resume=false measures again)" if settled else "")))
+    rows += [("", reason) for reason in record["reasons"]]
+    rows.append(("MLflow run", f"{run_id}  study {record['study']}"))
+    return "\n".join(f"{name:>13}  {text}" for name, text in rows)
+
+
+def _workload(params: dict[str, str], facts: dict[str, str]) -> str:
+    words = [params["workload"], f"batch {params['workload.batch_size']}", f"cameras {params['workload.cameras_present']}"]
+    words += [f"prompt {params['workload.prompt_tokens']}/{params['workload.prompt_padded']}"]
+    words += [f"horizon {params['workload.horizon']}", f"{params['workload.num_steps']} steps"]
+    return ", ".join(words + [f"{name}={facts[name]}" for name in ("tokens", "normalization") if name in facts])
+
+
+def _cpu(machine: dict[str, Any]) -> str:
+    return "" if machine["vendor"] != "cpu" else f", {machine['cores']} cores of {machine['cpu']}"
+
+
+def _latency(metrics: dict[str, float]) -> str:
+    p50, p90 = metrics["latency_ms/p50"], metrics["latency_ms/p90"]
+    return f"p50 {p50:.2f} ms, p90 {p90:.2f} ms, {metrics['throughput_hz']:.1f} Hz"
+
+
+def _error(record: dict[str, Any]) -> str:
+    metrics = record["metrics"]
+    plain = {name.removeprefix("error/rel_l2_plain_"): value for name, value in metrics.items() if "_plain_" in name}
+    own = ", ".join(f"plain {precision} {value:.2e}" for precision, value in plain.items())
+    return f"rel L2 {metrics['error/rel_l2']:.2e} of the actions ({own}), declared {record['numerics']}"
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """The closing table of a sweep: one row a point, the columns that differ between the points."""
+    names = list(dict.fromkeys(name for row in rows for name in row["params"]))
+    varying = [name for name in names if len({row["params"].get(name) for row in rows}) > 1] or ["stack"]
+    made = Table(box=None, pad_edge=False)
+    for name in ("#", *varying):
+        made.add_column(name)
+    for name in ("p50 ms", "Hz", "error"):
+        made.add_column(name, justify="right")
+    made.add_column("outcome", overflow="fold")
+    for i, row in enumerate(rows):
+        metrics = row["metrics"]
+        cells = [f"{metrics[name]:.{digits}}" if name in metrics else "-" for name, digits in _CELLS]
+        outcome = ": ".join([row["outcome"], "; ".join(row["reasons"])]) if row["reasons"] else row["outcome"]
+        made.add_row(str(i), *(str(row["params"].get(name, "-")) for name in varying), *cells, outcome)
+    return made
+
+
+_CELLS = (("latency_ms/p50", "2f"), ("throughput_hz", "1f"), ("error/rel_l2", "1e"))

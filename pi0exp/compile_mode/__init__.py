@@ -1,0 +1,1 @@
+"""Whether and how torch.compile traces the stages."""

@@ -1,0 +1,154 @@
+"""The composed configuration as plain frozen types. Nothing past this file sees OmegaConf, strings for choices, or YAML."""
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from enum import StrEnum
+from importlib import import_module
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pi0exp.errors import UserError
+from pi0exp.model.config import ModelConfig
+from pi0exp.option import STAGES, Option, StagedOption
+from pi0exp.workload import Workload
+
+T = TypeVar("T")
+
+
+class Device(StrEnum):
+    """Where to measure. `auto` is the GPU if this machine has one."""
+
+    auto = "auto"
+    gpu = "gpu"
+    cpu = "cpu"
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """How long and how often (`conf/measure/`). Durations in seconds, the rest are counts of calls."""
+
+    device: Device = Device.auto
+    inputs: int = 8
+    warmup_calls: int = 20
+    warmup_s: float = 2.0
+    warmup_max_s: float = 60.0
+    samples: int = 200
+    samples_max_s: float = 120.0
+    host_samples: int = 50
+    profile_calls: int = 3
+    ceilings_s: float = 2.0
+    timeout_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("inputs", 8), ("warmup_calls", 1), ("samples", 1), ("host_samples", 1), ("profile_calls", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        for name in ("warmup_s", "warmup_max_s", "samples_max_s", "ceilings_s", "timeout_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the weights come from: `random` ones drawn from `seed`, or a checkpoint, which then wins."""
+
+    weights: str = "random"
+    seed: int = 0
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights != "random":
+            raise ValueError(f"weights is {self.weights!r}; choose random, or set model.checkpoint")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The optimization stack. The fields are applied in the order they stand in."""
+
+    precision: Option  # in which numbers
+    image_masking: Option  # what is computed at all
+    fusion: Option  # which weights and operations become one
+    gemm: Option  # who multiplies; sees the fused weights
+    attention: Option  # who mixes
+    compile_mode: Option  # traces all of the above
+    graphs: Option  # captures whatever runs in the end
+
+    def options(self) -> list[tuple[str, Option]]:
+        """Group and option, in the order of application."""
+        return [(field.name, getattr(self, field.name)) for field in fields(self)]
+
+    def parts(self) -> list[tuple[str, Option]]:
+        """The same with options of single stages told apart: ("attention.denoise", option)."""
+        return [(f"{group}.{stage}".rstrip("."), part) for group, option in self.options() for stage, part in option.parts()]
+
+
+GROUPS = tuple(field.name for field in fields(Stack))
+
+
+def typed(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """`values` as a `cls`: types checked, unknown keys refused, `__post_init__` run. Raises UserError, one line."""
+    try:
+        result: T = OmegaConf.to_object(OmegaConf.merge(_schema(cls), values))  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        key = ".".join(filter(None, [where, str(error.full_key or "")]))
+        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(f"{where}.") else f"{where}.{text}") from error
+    return result
+
+
+def _schema(cls: type) -> DictConfig:
+    """OmegaConf makes the nodes of frozen dataclasses read-only, nested ones even for a merge; this is undone here."""
+    schema: DictConfig = OmegaConf.structured(cls)
+    nodes = [schema]
+    for node in nodes:
+        OmegaConf.set_readonly(node, None)
+        nodes += [child for child in node.values() if isinstance(child, DictConfig)]
+    return schema
+
+
+def option(group: str, node: Any) -> Option:
+    """The option that a group's node describes; single stages may be nodes of their own."""
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise UserError(f"{group} is {node!r}; it must name an option")
+    values = {key: value for key, value in node.items() if key not in ("_target_", *STAGES)}
+    cls = _option_class(group, node["_target_"])
+    stages = {stage: node[stage] for stage in STAGES if node.get(stage) is not None}
+    if stages and not issubclass(cls, StagedOption):
+        raise UserError(f"{group}.{next(iter(stages))}: {group} cannot be set for single stages")
+    own = typed(cls, values, group)
+    return replace(own, **{stage: option(f"{group}.{stage}", inner) for stage, inner in stages.items()}) if stages else own
+
+
+def _option_class(group: str, target: str) -> type[Option]:
+    module, _, name = target.rpartition(".")
+    try:
+        cls = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"{group}: _target_ {target!r} cannot be loaded: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, Option) and is_dataclass(cls)):
+        raise UserError(f"{group}: _target_ {target!r} is not an Option")
+    return cls
+
+
+def stack(plain: dict[str, Any]) -> Stack:
+    return Stack(**{group: option(group, plain[group]) for group in GROUPS})
+
+
+def model(plain: dict[str, Any]) -> tuple[ModelConfig, Weights]:
+    """The two halves of `conf/model/`: dimensions, and where the weights come from."""
+    node, origin = dict(plain["model"]), {}
+    for name in (field.name for field in fields(Weights)):
+        if name in node:
+            origin[name] = node.pop(name)
+    return typed(ModelConfig, node, "model"), typed(Weights, origin, "model")
+
+
+def workload(plain: dict[str, Any]) -> Workload:
+    return typed(Workload, plain["workload"], "workload")
+
+
+def measure(plain: dict[str, Any]) -> MeasureConfig:
+    return typed(MeasureConfig, plain["measure"], "measure")

@@ -1,0 +1,1 @@
+"""Which weights and operations become one."""

@@ -1,0 +1,1 @@
+"""Who multiplies: backends for the slot `Linear.matmul`."""

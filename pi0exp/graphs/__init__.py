@@ -1,0 +1,1 @@
+"""Whether kernels are launched one by one or replayed as a captured graph."""

@@ -1,0 +1,1 @@
+"""What happens to cameras that are not there."""

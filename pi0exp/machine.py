@@ -1,0 +1,162 @@
+"""This machine: its GPU, as the vendor's management library describes it, and versions. Opens no GPU context.
+
+The only file that reads or sets environment variables.
+"""
+
+import os
+import platform
+import subprocess
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "triton", "pi0exp")
+"""Distributions whose versions belong to the identity of a measurement."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """gpu: its name, "CPU" where there is none. vendor: "nvidia", "amd" or "cpu". arch: "sm_90", "gfx950" or "".
+
+    memory_mb: of the GPU. driver: its version. cpu, cores: host processor. versions: package -> version.
+    """
+
+    gpu: str = "CPU"
+    vendor: str = "cpu"
+    arch: str = ""
+    memory_mb: int = 0
+    driver: str = ""
+    cpu: str = ""
+    cores: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def has_gpu(self) -> bool:
+        return self.vendor != "cpu"
+
+    def without_gpu(self) -> "Machine":
+        """The same machine for a measurement on its CPU."""
+        return replace(self, gpu="CPU", vendor="cpu", arch="", memory_mb=0, driver="")
+
+    def identity(self) -> dict[str, Any]:
+        """What makes a measurement on another machine another measurement."""
+        facts = asdict(self)
+        return {k: v for k, v in facts.items() if k not in ("cpu", "cores")} if self.has_gpu else facts
+
+
+@cache
+def this_machine() -> Machine:
+    versions = {name: version for name in PACKAGES if (version := _version(name))}
+    machine = Machine(cpu=_cpu(), cores=os.cpu_count() or 0, versions={"python": platform.python_version(), **versions})
+    build = versions.get("torch", "")
+    if "+cpu" in build:
+        return machine  # this torch cannot drive a GPU
+    facts = _amd() if "rocm" in build else _nvidia()
+    return replace(machine, **facts)
+
+
+def _nvidia() -> dict[str, Any]:
+    """The first GPU that CUDA will see."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return {}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        first = "0" if visible is None else visible.split(",")[0].strip()
+        if first in ("", "-1") or pynvml.nvmlDeviceGetCount() == 0:
+            return {}
+        by_index = first.isdigit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(first)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(first)
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        return {
+            "gpu": pynvml.nvmlDeviceGetName(handle),
+            "vendor": "nvidia",
+            "arch": f"sm_{major}{minor}",
+            "memory_mb": pynvml.nvmlDeviceGetMemoryInfo(handle).total // 2**20,
+            "driver": pynvml.nvmlSystemGetDriverVersion(),
+        }
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _amd() -> dict[str, Any]:
+    """The first GPU by AMD SMI, which comes with ROCm. Not run on AMD hardware yet; its answers are tested as recorded."""
+    import amdsmi
+
+    amdsmi.amdsmi_init()
+    try:
+        handles = amdsmi.amdsmi_get_processor_handles()
+        if not handles:
+            return {}
+        asic = amdsmi.amdsmi_get_gpu_asic_info(handles[0])
+        return {
+            "gpu": asic["market_name"],
+            "vendor": "amd",
+            "arch": asic["target_graphics_version"],
+            "memory_mb": int(amdsmi.amdsmi_get_gpu_vram_info(handles[0])["vram_size"]),
+            "driver": str(amdsmi.amdsmi_get_gpu_driver_info(handles[0])["driver_version"]),
+        }
+    finally:
+        amdsmi.amdsmi_shut_down()
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def commit() -> tuple[str, bool]:
+    """The commit of the checkout this runs from and whether it was changed; PI0EXP_COMMIT where git is not there.
+
+    A commit given that way is taken at its word. ("", False) where neither is known.
+    """
+    if given := os.environ.get("PI0EXP_COMMIT", ""):
+        return given.removesuffix("-dirty"), given.endswith("-dirty")
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return "", False
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return head, bool(_git(root, "status", "--porcelain"))
+    except (OSError, subprocess.CalledProcessError):
+        return "", False
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *words], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def tracking_uri() -> str | None:
+    """MLflow's own variable, for whoever has a server."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
+def wants_full_errors() -> bool:
+    """Hydra's variable: show tracebacks instead of one line."""
+    return os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+
+def let_hydra_raise() -> None:
+    """Make Hydra raise its errors instead of printing them over many lines and leaving."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of the measuring process: this one's, output unbuffered."""
+    return {**os.environ, "PYTHONUNBUFFERED": "1"}
+

@@ -1,0 +1,146 @@
+"""Measure one point in a process of its own:  python -m pi0exp.measure EXPERIMENT.json RESULT.json
+
+A plain command, so that a profiler can be put in front of it. EXPERIMENT.json is the composed configuration as the
+parent writes it (artifact `experiment.json` of every run); RESULT.json receives a `Result`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pi0exp import config, subject
+from pi0exp.errors import UserError
+from pi0exp.machine import Machine, commit, this_machine
+from pi0exp.result import Outcome, Result
+
+PROGRESS = "[pi0exp] "
+"""Starts the lines of the child's output that tell what it is doing; everything else is somebody's log."""
+
+
+def progress(text: str) -> None:
+    print(f"{PROGRESS}{text}", flush=True)
+
+
+def target_machine(wanted: config.Device) -> tuple[Machine, list[str]]:
+    """The machine as far as it takes part in the measurement, and why it cannot."""
+    machine = this_machine()
+    if wanted is config.Device.cpu:
+        return machine.without_gpu(), []
+    missing = wanted is config.Device.gpu and not machine.has_gpu
+    return machine, [f"measure.device=gpu: this machine has no GPU that torch {machine.versions.get('torch')} can use"] if missing else []
+
+
+def fingerprint(machine: Machine) -> dict[str, Any]:
+    head, dirty = commit()
+    return {**machine.identity(), "cpu": machine.cpu, "cores": machine.cores, "commit": head, "dirty": str(dirty).lower()}
+
+
+def measure(plain: dict[str, Any]) -> Result:
+    """Build, verify, time, profile. Nothing is timed that was not verified, and each pass has the device for itself."""
+    import torch
+
+    from pi0exp.ceilings import burst_ceilings
+    from pi0exp.proof import profiled_names, unproven
+    from pi0exp.roofline import floor_ms
+    from pi0exp.timing import device_sample_ms, measure_samples, summary, wall_sample_ms, warm_up
+
+    settings, thing = config.measure(plain), subject.subject(plain)
+    machine, reasons = target_machine(settings.device)
+    prints, numerics = fingerprint(machine), thing.numerics.name
+    if reasons := reasons + thing.unmet(machine):
+        return Result(Outcome.UNSUPPORTED, reasons, numerics=numerics, fingerprint=prints)
+    device = torch.device("cuda", 0) if machine.has_gpu else torch.device("cpu")
+    metrics: dict[str, float] = {}
+
+    ceilings = None
+    if machine.has_gpu:
+        progress("ceilings: copy and matrix product")
+        ceilings = burst_ceilings(thing.matrix_dtype(), device, settings.ceilings_s)
+        metrics |= {"ceilings/copy_tb_per_s": ceilings.bytes_per_s / 1e12, "ceilings/matrix_tflop_per_s": ceilings.flops_per_s / 1e12}
+        torch.cuda.empty_cache()
+
+    instance = thing.build(device, settings.inputs, progress)
+    common: dict[str, Any] = {"numerics": numerics, "applied": instance.applied, "facts": instance.facts, "fingerprint": prints}
+    metrics |= instance.verdict.metrics
+    if instance.verdict.wrong:
+        return Result(Outcome.WRONG_NUMERICS, instance.verdict.wrong, metrics=metrics, **common)
+    if machine.has_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+
+    progress("warm up")
+    metrics |= warm_up(instance.call, device, settings)
+    samples = measure_samples(
+        lambda i: device_sample_ms(instance.call, i, device), settings.samples, settings.samples_max_s, progress, "measure"
+    )
+    host = measure_samples(
+        lambda i: wall_sample_ms(instance.call_host, i), settings.host_samples, settings.samples_max_s, progress, "measure host to host"
+    )
+    if machine.has_gpu:
+        metrics["memory_mb/peak"] = torch.cuda.max_memory_allocated(device) / 2**20
+        progress("profile")
+        names = profiled_names(instance.call, settings.profile_calls)
+        if reasons := unproven(thing.proofs(), names):
+            return Result(Outcome.UNPROVEN, reasons, metrics=metrics, **common)
+
+    timed = summary(samples)
+    timed |= {"latency_host_ms/p50": median(host), "throughput_hz": 1e3 * instance.calls_per_s_factor / timed["latency_ms/p50"]}
+    metrics |= {f"startup_s/{name}": seconds for name, seconds in instance.startup_s.items()} | instance.counters()
+    if ceilings is not None:
+        stages = floor_ms(thing.work(), ceilings)
+        floor = sum(stages.values())
+        metrics |= {"roofline/floor_ms": floor} | {f"roofline/floor_ms_{name}": value for name, value in stages.items()}
+        if timed["latency_ms/p50"] < floor:
+            reason = f"latency {timed['latency_ms/p50']:.3f} ms is below the hardware's floor {floor:.3f} ms: the benchmark is wrong"
+            return Result(Outcome.ERROR, [reason], metrics=metrics, **common)
+        timed["roofline/share"] = floor / timed["latency_ms/p50"]
+    return Result(Outcome.OK, metrics=metrics | timed, samples={"latency_ms": samples, "latency_host_ms": host}, **common)
+
+
+def guarded(plain: dict[str, Any]) -> Result:
+    """`measure`, where running out of memory and errors are results too."""
+    import traceback
+
+    import torch
+
+    try:
+        return measure(plain)
+    except torch.OutOfMemoryError as error:
+        return Result(Outcome.OOM, [str(error).splitlines()[0]], fingerprint=fingerprint(this_machine()))
+    except MemoryError:
+        return Result(Outcome.OOM, ["the host ran out of memory"], fingerprint=fingerprint(this_machine()))
+    except UserError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        return Result(Outcome.ERROR, [reason], fingerprint=fingerprint(this_machine()))
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 2 or {"-h", "--help"} & set(arguments):
+        print(__doc__.strip(), file=sys.stderr)
+        return config_error_code()
+    source, target = map(Path, arguments)
+    try:
+        plain = json.loads(source.read_text())
+        result = guarded(plain)
+    except (OSError, json.JSONDecodeError, UserError) as error:
+        print(f"pi0exp.measure: {error}", file=sys.stderr)
+        return config_error_code()
+    part = target.with_suffix(".part")
+    part.write_text(json.dumps(result.to_dict()))
+    os.replace(part, target)  # whole or not at all
+    return result.outcome.exit_code
+
+
+def config_error_code() -> int:
+    from pi0exp.result import CONFIG_ERROR
+
+    return CONFIG_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

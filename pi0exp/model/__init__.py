@@ -1,0 +1,1 @@
+"""The plain Pi0: what every optimization is compared with."""

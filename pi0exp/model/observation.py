@@ -1,0 +1,212 @@
+"""One observation of a robot as the model takes it: tensors on the device, and beside them what the host knows.
+
+Shapes: B batch, H height, W width, L prompt tokens (padded), A state and action dim.
+
+The host facts (which cameras are present, how long each prompt is) are read from the host arrays before these are
+copied to the device. Options decide on them without asking the device, so no call waits for the GPU.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pi0exp.errors import UserError
+from pi0exp.model.config import CAMERAS, ModelConfig
+
+
+@dataclass(frozen=True)
+class Structure:
+    """All that an option may know of an observation when it decides what to run, hence the key of captured graphs.
+
+    `cameras` says of each camera slot whether it is present in `all`, `some` or `none` of the rows.
+    """
+
+    batch_size: int
+    cameras: tuple[tuple[str, str], ...]
+    prompt_padded: int
+    prompt_full: bool
+
+    @property
+    def full(self) -> bool:
+        """Every prefix token of every row is real: nothing has to be masked."""
+        return self.prompt_full and all(presence == "all" for _, presence in self.cameras)
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """Device tensors and host facts of B observations. `observation_from_arrays` makes one from numpy arrays.
+
+    images: camera name -> float32 [B, 3, H, W] in [-1, 1]; cameras stand in the order of `CAMERAS`, some may be left out.
+    camera_masks: camera name -> bool [B]; False where the camera does not exist (its picture is then meaningless).
+    state_BA: float32 [B, action_dim]. prompt_BL: int64 token ids [B, L], real tokens first. prompt_mask_BL: bool [B, L].
+    cameras_present, prompt_lengths: the same facts on the host.
+    Raises ValueError where shapes, dtypes or devices do not fit together.
+    """
+
+    images: Mapping[str, Tensor]
+    camera_masks: Mapping[str, Tensor]
+    state_BA: Tensor
+    prompt_BL: Tensor
+    prompt_mask_BL: Tensor
+    cameras_present: Mapping[str, tuple[bool, ...]]
+    prompt_lengths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        batch = self.batch_size
+        names = tuple(self.images)
+        if names != tuple(name for name in CAMERAS if name in names):
+            raise UserError(f"observation.images has the cameras {', '.join(names)}; known, in this order: {', '.join(CAMERAS)}")
+        if not names == tuple(self.camera_masks) == tuple(self.cameras_present):
+            raise UserError("observation.images, .camera_masks and .cameras_present name different cameras")
+        wanted = {f"images[{name}]": (image, torch.float32, (batch, 3, *image.shape[2:])) for name, image in self.images.items()}
+        wanted |= {f"camera_masks[{name}]": (mask, torch.bool, (batch,)) for name, mask in self.camera_masks.items()}
+        wanted["state_BA"] = (self.state_BA, torch.float32, (batch, *self.state_BA.shape[1:]))
+        wanted["prompt_BL"] = (self.prompt_BL, torch.int64, (batch, self.prompt_padded))
+        wanted["prompt_mask_BL"] = (self.prompt_mask_BL, torch.bool, (batch, self.prompt_padded))
+        for name, (tensor, dtype, shape) in wanted.items():
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device != self.device:
+                raise UserError(
+                    f"observation.{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device};"
+                    f" wanted {dtype} {list(shape)} on {self.device}"
+                )
+        if any(len(present) != batch for present in self.cameras_present.values()) or len(self.prompt_lengths) != batch:
+            raise UserError(f"observation's host facts are not of {batch} rows, the size of its batch")
+        for row, length in enumerate(self.prompt_lengths):
+            if not 0 <= length <= self.prompt_padded:
+                raise UserError(f"observation.prompt_lengths[{row}] is {length}; the prompt has {self.prompt_padded} tokens")
+            if length == 0 and not any(present[row] for present in self.cameras_present.values()):
+                raise UserError(f"observation row {row} has neither a camera nor a prompt token: there is nothing to attend to")
+
+    @property
+    def batch_size(self) -> int:
+        return self.state_BA.shape[0]
+
+    @property
+    def prompt_padded(self) -> int:
+        return self.prompt_BL.shape[1] if self.prompt_BL.ndim == 2 else -1
+
+    @property
+    def device(self) -> torch.device:
+        return self.state_BA.device
+
+    @property
+    def structure(self) -> Structure:
+        def presence(rows: tuple[bool, ...]) -> str:
+            return "all" if all(rows) else "some" if any(rows) else "none"
+
+        return Structure(
+            batch_size=self.batch_size,
+            cameras=tuple((name, presence(rows)) for name, rows in self.cameras_present.items()),
+            prompt_padded=self.prompt_padded,
+            prompt_full=all(length == self.prompt_padded for length in self.prompt_lengths),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All device tensors in a fixed order; two observations of one `structure` have the same shapes here."""
+        return [*self.images.values(), *self.camera_masks.values(), self.state_BA, self.prompt_BL, self.prompt_mask_BL]
+
+    def with_tensors(self, tensors: list[Tensor]) -> "Observation":
+        """The same observation over other tensors, in the order of `tensors()`."""
+        cameras = len(self.images)
+        return replace(
+            self,
+            images=dict(zip(self.images, tensors[:cameras], strict=True)),
+            camera_masks=dict(zip(self.images, tensors[cameras : 2 * cameras], strict=True)),
+            state_BA=tensors[-3],
+            prompt_BL=tensors[-2],
+            prompt_mask_BL=tensors[-1],
+        )
+
+    def only_cameras(self, keep: list[str]) -> "Observation":
+        """The same observation without the cameras that are not in `keep`."""
+        return replace(
+            self,
+            images={name: self.images[name] for name in keep},
+            camera_masks={name: self.camera_masks[name] for name in keep},
+            cameras_present={name: self.cameras_present[name] for name in keep},
+        )
+
+    def to(self, device: torch.device | str) -> "Observation":
+        return self.with_tensors([tensor.to(device) for tensor in self.tensors()])
+
+
+def observation_from_arrays(
+    images: Mapping[str, np.ndarray],
+    image_masks: Mapping[str, np.ndarray],
+    state: np.ndarray,
+    tokens: np.ndarray,
+    token_mask: np.ndarray,
+    *,
+    config: ModelConfig,
+    device: torch.device | str,
+) -> Observation:
+    """Check host arrays, copy them to the device and scale the pictures there.
+
+    images: camera name -> uint8 [B, H, W, 3], H = W = the model's image size (`preprocess.resize_with_pad` makes them so).
+    All of `CAMERAS` must be there; an absent camera has any picture and a False in `image_masks`. A camera without an
+    entry in `image_masks` is present. state: floating [B, action_dim]. tokens: integer [B, L]; token_mask: bool [B, L],
+    True for real tokens, which stand first. Raises UserError that names what does not fit.
+    """
+    state = _array("state", state)
+    if state.ndim != 2 or state.shape[1] != config.action_dim or not np.issubdtype(state.dtype, np.floating):
+        raise UserError(f"observation state is {state.dtype} {list(state.shape)}; wanted floating [batch, {config.action_dim}]")
+    if not np.isfinite(state).all():
+        row, dim = np.argwhere(~np.isfinite(state))[0]
+        raise UserError(f"observation state[{row}, {dim}] is {state[row, dim]}; the state must be finite")
+    batch = state.shape[0]
+    if batch < 1:
+        raise UserError("observation state has no rows; a batch has 1 or more")
+
+    if unknown := [name for name in (*images, *image_masks) if name not in CAMERAS]:
+        raise UserError(f"observation has an unknown camera {unknown[0]!r}; known: {', '.join(CAMERAS)}")
+    size = config.vision.image_size
+    present: dict[str, np.ndarray] = {}
+    for name in CAMERAS:
+        if name not in images:
+            raise UserError(f"observation images lack {name!r}; an absent camera has a picture too, and False in image_masks")
+        image = _array(f"images[{name}]", images[name])
+        if image.dtype != np.uint8 or image.shape != (batch, size, size, 3):
+            raise UserError(f"observation images[{name}] is {image.dtype} {list(image.shape)}; wanted uint8 {[batch, size, size, 3]}")
+        mask = _array(f"image_masks[{name}]", image_masks.get(name, np.ones(batch, bool)))
+        if mask.dtype != np.bool_ or mask.shape != (batch,):
+            raise UserError(f"observation image_masks[{name}] is {mask.dtype} {list(mask.shape)}; wanted bool [{batch}]")
+        present[name] = mask
+
+    tokens, token_mask = _array("tokens", tokens), _array("token_mask", token_mask)
+    if tokens.ndim != 2 or tokens.shape[0] != batch or not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"observation tokens is {tokens.dtype} {list(tokens.shape)}; wanted integer [{batch}, length]")
+    if token_mask.dtype != np.bool_ or token_mask.shape != tokens.shape:
+        raise UserError(f"observation token_mask is {token_mask.dtype} {list(token_mask.shape)}; wanted bool {list(tokens.shape)}")
+    if tokens.size and not (0 <= tokens.min() and tokens.max() < config.vocab_size):
+        bad = tokens[(tokens < 0) | (tokens >= config.vocab_size)][0]
+        raise UserError(f"observation token {bad} is outside of the vocabulary of {config.vocab_size} tokens")
+    lengths = token_mask.sum(axis=1)
+    if not (token_mask == (np.arange(tokens.shape[1])[None] < lengths[:, None])).all():
+        raise UserError("observation token_mask is not a run of True followed by False: padding stands at the right")
+
+    def put(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device).to(dtype)
+
+    return Observation(
+        images={name: scaled(put(images[name], torch.uint8)) for name in CAMERAS},
+        camera_masks={name: put(mask, torch.bool) for name, mask in present.items()},
+        state_BA=put(state.astype(np.float32), torch.float32),
+        prompt_BL=put(tokens, torch.int64),
+        prompt_mask_BL=put(token_mask, torch.bool),
+        cameras_present={name: tuple(bool(bit) for bit in mask) for name, mask in present.items()},
+        prompt_lengths=tuple(int(length) for length in lengths),
+    )
+
+
+def scaled(image_BHWC: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1], in the original's order of operations."""
+    return (image_BHWC.permute(0, 3, 1, 2).contiguous().float() / 255.0) * 2.0 - 1.0
+
+
+def _array(name: str, value: object) -> np.ndarray:
+    if not isinstance(value, np.ndarray):
+        raise UserError(f"observation {name} is a {type(value).__name__}; wanted a numpy array")
+    return value

@@ -1,0 +1,120 @@
+"""An option: one choice of one `conf/` group. What it needs, what it does to the numbers, how it is applied.
+
+An option is a frozen dataclass whose fields are its settings; the dataclass is both the schema of its yaml file and the
+thing that is applied. A new option is one Python file and one yaml file that names its class in `_target_`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from pi0exp.config import Stack
+    from pi0exp.machine import Machine
+    from pi0exp.policy import Policy
+
+STAGES = ("vision", "prefill", "denoise")
+"""The stages of the policy. Attention and GEMM options may differ between them."""
+
+
+class Numerics(Enum):
+    """What an option does to the numbers, from harmless to not; `pi0exp.verify` holds it to its word."""
+
+    EXACT = "bitwise the same"
+    REORDERED = "same maths in another order or shape"
+    APPROXIMATE = "other maths on purpose"
+
+    @property
+    def rank(self) -> int:
+        return list(Numerics).index(self)
+
+
+@dataclass(frozen=True)
+class Requires:
+    """What an option needs of the machine.
+
+    vendors: of these GPU vendors one ("nvidia", "amd"), empty if it also runs on a CPU. archs: one of these
+    architectures ("sm_90", "gfx950"). packages: PEP 508 requirements of importable distributions.
+    """
+
+    vendors: tuple[str, ...] = ()
+    archs: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+
+    def unmet(self, machine: Machine) -> list[str]:
+        """Reasons why it cannot run on `machine`; none if it can."""
+        reasons = []
+        if self.vendors and machine.vendor not in self.vendors:
+            reasons.append(f"needs a GPU of {' or '.join(self.vendors)}; this machine has {machine.gpu}")
+        elif self.archs and machine.arch not in self.archs:
+            reasons.append(f"needs the architecture {' or '.join(self.archs)}; this machine has {machine.gpu} ({machine.arch})")
+        return reasons + [reason for package in self.packages if (reason := _unmet_package(package))]
+
+
+ANY_GPU = Requires(vendors=("nvidia", "amd"))
+
+
+def _unmet_package(requirement: str) -> str | None:
+    from packaging.requirements import Requirement
+
+    wanted = Requirement(requirement)
+    try:
+        found = metadata.version(wanted.name)
+    except metadata.PackageNotFoundError:
+        return f"needs the package {requirement}, which is not installed"
+    return None if wanted.specifier.contains(found, prereleases=True) else f"needs the package {requirement}; {found} is installed"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One choice of one group. Subclasses set the class variables and override `apply`.
+
+    requires: what it needs of the machine. numerics: what it does to the numbers. proof: a regular expression that some
+    GPU kernel or runtime call of the profile must match if the option really ran; empty where nothing can show it.
+    """
+
+    requires: ClassVar[Requires] = Requires()
+    numerics: ClassVar[Numerics] = Numerics.EXACT
+    proof: ClassVar[str] = ""
+
+    def apply(self, policy: Policy) -> None:
+        """Change `policy` through `fill`, `wrap_stage`, `wrap_call` or `prepare_with`; the plain option does nothing."""
+
+    def clashes(self, stack: Stack) -> list[str]:
+        """Why it cannot stand in `stack` beside what else is there; none if it can."""
+        return []
+
+    def parts(self) -> list[tuple[str, Option]]:
+        """The options that take effect, with the stage they are for ("" for all)."""
+        return [("", self)]
+
+
+@dataclass(frozen=True)
+class StagedOption(Option):
+    """An option that may be another one for single stages: `attention=sdpa attention.denoise=triton`.
+
+    vision, prefill, denoise: the option of that stage, or None for this one. Subclasses override `apply_to`.
+    """
+
+    vision: Any = None
+    prefill: Any = None
+    denoise: Any = None
+
+    def apply(self, policy: Policy) -> None:
+        own = [stage for stage in STAGES if getattr(self, stage) is None]
+        if own:
+            self.apply_to(policy, tuple(own))
+        for stage in STAGES:
+            if (option := getattr(self, stage)) is not None:
+                option.apply_to(policy, (stage,))
+
+    def apply_to(self, policy: Policy, stages: tuple[str, ...]) -> None:
+        """Change the given stages of `policy`; the plain option does nothing."""
+
+    def parts(self) -> list[tuple[str, Option]]:
+        others = [(stage, option) for stage in STAGES if (option := getattr(self, stage)) is not None]
+        return others if len(others) == len(STAGES) else [("", self), *others]
+

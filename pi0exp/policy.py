@@ -1,0 +1,137 @@
+"""The policy: the model and the call that is timed, changed only through the methods below, each of which says so.
+
+A call has two parts. `prepare` turns an observation into the one that is computed (drops absent cameras, say) by what
+the host knows. The device part then runs on it and depends on nothing but its `structure`; this is what
+`torch.compile` traces and graphs capture.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pi0exp.errors import UserError
+from pi0exp.model.observation import Observation
+from pi0exp.model.pi0 import Pi0
+
+Prepare = Callable[[Observation], Observation]
+DeviceCall = Callable[[Observation, Tensor], Tensor]
+Counters = Callable[[], dict[str, float]]
+
+STAGE_METHODS = {"vision": "embed_prefix", "prefill": "prefill", "denoise": "denoise_step"}
+"""The method of `Pi0` that computes a stage."""
+
+
+@dataclass
+class Policy:
+    """A model, how it is called, and what was done to it.
+
+    horizon, num_steps: size of the action chunk and number of Euler steps. applied: group -> what its option did.
+    """
+
+    model: Pi0
+    horizon: int
+    num_steps: int = 10
+    applied: dict[str, list[str]] = field(default_factory=dict)
+    _prepare: list[Prepare] = field(default_factory=list)
+    _call: DeviceCall | None = None
+    _counters: list[Counters] = field(default_factory=list)
+    _group: str = ""
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.rope.inv_freq.device
+
+    @torch.inference_mode()
+    def sample_actions(self, observation: Observation, noise_BCA: Tensor | None = None) -> Tensor:
+        """Actions for an observation: float32 [B, horizon, action_dim], normalised as the model was trained.
+
+        noise_BCA: float32 of that shape on the policy's device; None draws it from torch's generator.
+        Raises UserError where noise or observation are not of the policy's shape, dtype or device.
+        """
+        shape = (observation.batch_size, self.horizon, self.model.config.action_dim)
+        if observation.device != self.device:
+            raise UserError(f"the observation is on {observation.device}, the policy on {self.device}: use observation.to(...)")
+        if noise_BCA is None:
+            noise_BCA = torch.randn(shape, device=self.device)
+        if tuple(noise_BCA.shape) != shape or noise_BCA.dtype != torch.float32 or noise_BCA.device != self.device:
+            raise UserError(
+                f"noise is {noise_BCA.dtype} {list(noise_BCA.shape)} on {noise_BCA.device};"
+                f" wanted torch.float32 {list(shape)} on {self.device}"
+            )
+        size, action_dim = self.model.config.vision.image_size, self.model.config.action_dim
+        for name, image in observation.images.items():
+            if tuple(image.shape[2:]) != (size, size):
+                raise UserError(f"observation.images[{name}] is {list(image.shape[2:])}; the model takes {[size, size]}")
+        if tuple(observation.state_BA.shape[1:]) != (action_dim,):
+            raise UserError(f"observation.state_BA is {list(observation.state_BA.shape)}; the model takes [batch, {action_dim}]")
+        for prepare in self._prepare:
+            observation = prepare(observation)
+        return (self._call or self.plain_call)(observation, noise_BCA)
+
+    def plain_call(self, observation: Observation, noise_BCA: Tensor) -> Tensor:
+        """The device part as the model itself has it."""
+        return self.model.sample_actions(observation, noise_BCA, self.num_steps)
+
+    def counters(self) -> dict[str, float]:
+        """What the options counted so far: captures, replays, recompilations."""
+        return {name: value for counters in self._counters for name, value in counters().items()}
+
+    # ---- how options change it
+
+    def begin(self, group: str) -> None:
+        """What follows is done by the option of `group`."""
+        self._group = group
+
+    def note(self, line: str) -> None:
+        self.applied.setdefault(self._group, []).append(line)
+
+    def stage_modules(self, stage: str) -> list[nn.Module]:
+        """The modules of a stage. The projections around the expert belong to `denoise`, the embedding to `vision`."""
+        model = self.model
+        if stage == "vision":
+            return [model.vision, model.embedding]
+        if stage == "prefill":
+            return [model.paligemma]
+        inside = {"vision", "embedding", "paligemma", "rope"}
+        return [module for name, module in model.named_children() if name not in inside]
+
+    def fill(self, kind: type[nn.Module], slot: str, function: Any, stages: tuple[str, ...], what: str) -> None:
+        """Set the slot of every instance of `kind` in `stages` to `function`; raises if there is none."""
+        counts: Counter[str] = Counter()
+        for stage in stages:
+            for module in (m for root in self.stage_modules(stage) for m in root.modules()):
+                if isinstance(module, kind):
+                    if not hasattr(module, slot):
+                        raise AttributeError(f"{type(module).__name__} has no slot {slot!r}")
+                    setattr(module, slot, function)
+                    counts[stage] += 1
+        for stage in stages:
+            if not counts[stage]:
+                raise LookupError(f"{self._group}: {what} found no {kind.__name__}.{slot} to fill in {stage}")
+            self.note(f"{stage}: {counts[stage]} {kind.__name__}.{slot} -> {what}")
+
+    def wrap_stage(self, stage: str, wrapper: Callable[[Any], Any], what: str) -> None:
+        """Replace the function that computes a stage by `wrapper` of it."""
+        name = STAGE_METHODS[stage]
+        setattr(self.model, name, wrapper(getattr(self.model, name)))
+        self.note(f"{stage}: Pi0.{name} -> {what}")
+
+    def wrap_call(self, wrapper: Callable[[DeviceCall], DeviceCall], what: str) -> None:
+        """Replace the device part of a call by `wrapper` of it."""
+        self._call = wrapper(self._call or self.plain_call)
+        self.note(f"sample_actions -> {what}")
+
+    def prepare_with(self, prepare: Prepare, what: str) -> None:
+        """Pass every observation through `prepare` before the device part."""
+        self._prepare.append(prepare)
+        self.note(f"observation -> {what}")
+
+    def count_with(self, counters: Counters) -> None:
+        """Report these counters in the result."""
+        self._counters.append(counters)

@@ -1,0 +1,215 @@
+"""The policy as a subject: model, weights, workload and stack, built, verified and callable."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from pi0exp import build, config, roofline, verify
+from pi0exp.machine import Machine
+from pi0exp.model.checkpoint import Checkpoint, find_checkpoint
+from pi0exp.model.config import ModelConfig
+from pi0exp.model.observation import Observation
+from pi0exp.model.precision import Precision
+from pi0exp.model.weights import Source, checkpoint_source, random_source
+from pi0exp.model.weights import build as build_model
+from pi0exp.option import Numerics
+from pi0exp.policy import Policy
+from pi0exp.precision.option import PrecisionOption, allow_tf32
+from pi0exp.preprocess import Normalization, load_normalization
+from pi0exp.subject import Progress, StageWork, Verdict
+from pi0exp.workload import HostInput, Inputs, Workload, host_inputs, verification_inputs
+
+_FLOAT64_LIMIT = 100_000_000
+"""Parameters up to which the truth of fp32 is taken in float64; beyond it memory and time do not pay."""
+
+DeviceInput = tuple[Observation, Tensor]
+
+
+@dataclass(frozen=True)
+class PolicySubject:
+    """Pi0 with a stack on a workload. `from_plain` types the sections model, workload and the option groups."""
+
+    dimensions: ModelConfig
+    weights: config.Weights
+    workload: Workload
+    stack: config.Stack
+    precision_name: str
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Self:
+        dimensions, weights = config.model(plain)
+        return cls(dimensions, weights, config.workload(plain), config.stack(plain), plain["names"]["precision"])
+
+    @property
+    def precision(self) -> PrecisionOption:
+        assert isinstance(self.stack.precision, PrecisionOption)
+        return self.stack.precision
+
+    @property
+    def numerics(self) -> Numerics:
+        return build.numerics(self.stack)
+
+    def unmet(self, machine: Machine) -> list[str]:
+        return build.unmet(self.stack, machine)
+
+    def proofs(self) -> list[tuple[str, str]]:
+        return build.proofs(self.stack)
+
+    def matrix_dtype(self) -> torch.dtype:
+        return self.precision.model.activations
+
+    def preflight(self) -> None:
+        self.checkpoint  # noqa: B018  # opening it checks it
+        self.inputs(1)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint | None:
+        """The opened and checked checkpoint; None for random weights."""
+        if self.weights.checkpoint is None:
+            return None
+        checkpoint = Checkpoint(find_checkpoint(self.weights.checkpoint))
+        checkpoint.check(self.dimensions)
+        return checkpoint
+
+    @cached_property
+    def normalization(self) -> Normalization:
+        directory = None if self.checkpoint is None else self.checkpoint.directory
+        return load_normalization(directory, self.dimensions.pi05)
+
+    def inputs(self, count: int) -> Inputs:
+        return host_inputs(self.workload, self.dimensions, self.normalization, count)
+
+    def work(self) -> list[StageWork]:
+        item = self.inputs(1).items[0]
+        lengths = [int(length) for length in item.token_mask.sum(axis=1)]
+        cameras, workload = sum(self.workload.cameras_present), self.workload
+        size = self.matrix_dtype().itemsize
+        return roofline.policy_work(self.dimensions, cameras, lengths, workload.horizon, workload.num_steps, size)
+
+    def source(self, device: torch.device) -> Source:
+        if self.checkpoint is not None:
+            return checkpoint_source(self.checkpoint, device)
+        return random_source(self.dimensions, self.weights.seed, device)
+
+    def plain_policy(self, precision: Precision, device: torch.device) -> Policy:
+        """The model as it is written, in any precision, with this subject's weights."""
+        model = build_model(self.dimensions, precision, self.source(device), device)
+        return Policy(model, self.workload.horizon, self.workload.num_steps)
+
+    def on_device(self, items: Sequence[HostInput], device: torch.device) -> list[DeviceInput]:
+        return [
+            (item.observation(self.dimensions, device), torch.from_numpy(item.noise).to(device)) for item in items
+        ]
+
+    def build(self, device: torch.device, inputs: int, progress: Progress) -> PolicyInstance:
+        checks = self.on_device(verification_inputs(self.workload, self.dimensions, self.normalization), device)
+        progress("verify: truth")
+        truth = self.truth(checks, device)
+
+        progress("build")
+        startup_s = {"build": 0.0, "first_call": 0.0}
+        start = time.perf_counter()
+        policy = self.plain_policy(self.precision.model, device)
+        synchronize(device)
+        startup_s["build"] += time.perf_counter() - start
+
+        progress("verify: plain model")
+        allow_tf32(self.precision.tf32)
+        plain = before = run(policy, checks)
+        failures: list[str] = []
+        start = time.perf_counter()
+        for group, option in build.apply_stack(policy, self.stack):
+            startup_s["build"] += time.perf_counter() - start
+            changes = not isinstance(option, PrecisionOption)
+            if changes:
+                progress(f"verify: {group}")
+                startup_s["first_call"] += first_call(policy, checks[0])
+                after = run(policy, checks)
+                if option.numerics is Numerics.EXACT and (difference := verify.unequal(before, after)):
+                    failures.append(f"{group} {difference}")
+                before = after
+            start = time.perf_counter()
+        verdict = verify.judge(before, plain, truth, self.numerics, self.precision_name, failures)
+        made = self.inputs(inputs)
+        facts = made.facts | {"weights": "random" if self.checkpoint is None else "checkpoint"}
+        return PolicyInstance(self, policy, verdict, startup_s, facts, made.items, self.on_device(made.items, device))
+
+    def truth(self, checks: Sequence[DeviceInput], device: torch.device) -> list[Tensor]:
+        """The actions that all others are judged by; the model that computes them is gone afterwards."""
+        precision = self.precision.truth
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in build_model_shapes(self.dimensions, precision))
+        if precision.activations is torch.float64 and parameters > _FLOAT64_LIMIT:
+            precision = self.precision.model
+        allow_tf32(False)
+        policy = self.plain_policy(precision, device)
+        actions = run(policy, checks)
+        del policy
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return actions
+
+
+def build_model_shapes(dimensions: ModelConfig, precision: Precision) -> list[Tensor]:
+    """The parameters of an empty model, for counting."""
+    from pi0exp.model.pi0 import Pi0
+
+    return list(Pi0(dimensions, precision).parameters())
+
+
+def run(policy: Policy, inputs: Sequence[DeviceInput]) -> list[Tensor]:
+    """Actions for every input, on the host."""
+    return [policy.sample_actions(observation, noise_BCA).cpu() for observation, noise_BCA in inputs]
+
+
+def first_call(policy: Policy, given: DeviceInput) -> float:
+    """Seconds of the first call after a change: compilation, capture, algorithm choice."""
+    start = time.perf_counter()
+    run(policy, [given])
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass
+class PolicyInstance:
+    """A built and verified policy with inputs to rotate through."""
+
+    subject: PolicySubject
+    policy: Policy
+    verdict: Verdict
+    startup_s: dict[str, float]
+    facts: dict[str, str]
+    host_items: list[HostInput]
+    device_items: list[DeviceInput] = field(default_factory=list)
+
+    @property
+    def applied(self) -> dict[str, list[str]]:
+        return self.policy.applied
+
+    @property
+    def calls_per_s_factor(self) -> int:
+        return self.subject.workload.batch_size
+
+    def counters(self) -> dict[str, float]:
+        return self.policy.counters()
+
+    def call(self, index: int) -> None:
+        self.policy.sample_actions(*self.device_items[index % len(self.device_items)])
+
+    def call_host(self, index: int) -> None:
+        item, device = self.host_items[index % len(self.host_items)], self.policy.device
+        observation = item.observation(self.subject.dimensions, device)
+        self.policy.sample_actions(observation, torch.from_numpy(item.noise).to(device)).cpu()

@@ -1,0 +1,101 @@
+"""The SQLite file under a store: created once, whole, and known to be writable before anything is measured."""
+
+import fcntl
+import os
+import sqlite3
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pi0exp.errors import UserError
+
+if TYPE_CHECKING:
+    from sqlalchemy.engine import URL
+
+BUSY_S = 20.0
+"""How long another process may hold the file; MLflow's own connections wait as long."""
+CREATE_S = 120.0
+"""How long another process may take to create it; two seconds are usual."""
+ROOM_BYTES = 1 << 20
+"""Room that must be left on the disk: a new store takes that much, a point a tenth of it."""
+
+
+def prepare(url: "URL", root: Path | None) -> Path:
+    """Make sure that the file of a SQLite URL is an MLflow store that can be written; return the root of its files.
+
+    root: where the files of runs go; None for the folder of the database.
+    """
+    name = url.render_as_string()
+    database = (url.database or "").removeprefix("file:")
+    if database in ("", ":memory:") or url.query.get("mode") == "memory":
+        raise UserError(f"{name}: a store in memory is lost at the end; name a file")
+    path = Path(database).absolute()
+    root = root or path.parent
+    try:
+        for folder in {root, path.parent}:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_probe(folder)
+        # MLflow crashes where several processes create the tables of one file at once.
+        with _locked(path.parent / ".lock"):
+            if not path.exists():
+                _create(path, root)
+        _check(url)
+    except FileExistsError as error:
+        raise UserError(f"{name}: {error.filename} is a file where a folder must be") from error
+    except (OSError, sqlite3.Error) as error:
+        raise UserError(f"{name}: {error}") from error
+    return root
+
+
+def _write_probe(folder: Path) -> None:
+    """Write and delete: neither the mode of a folder nor the user's rights say whether a write will succeed."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(ROOM_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    deadline = time.monotonic() + CREATE_S
+    with path.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"another process has held {path} for {CREATE_S:.0f} s") from None
+                time.sleep(0.05)
+        yield  # closing the file releases the lock
+
+
+def _create(path: Path, root: Path) -> None:
+    """Create the tables under another name first: a process killed meanwhile leaves no half store in the place."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+    from sqlalchemy.engine import URL
+
+    new = path.with_name(f".{path.name}.new")
+    for leftover in (new, new.with_name(f"{new.name}-journal")):
+        leftover.unlink(missing_ok=True)
+    SqlAlchemyStore(URL.create("sqlite", database=str(new)).render_as_string(), str(root)).engine.dispose()
+    new.replace(path)
+
+
+def _check(url: "URL") -> None:
+    """Open the file in the way that MLflow will, and change it."""
+    # MLflow retries a file that cannot be opened for minutes, and would add its tables to a database of others.
+    arguments, options = url.get_dialect()().create_connect_args(url)
+    with closing(sqlite3.connect(*arguments, **options | {"timeout": BUSY_S})) as connection:
+        try:
+            # Halves the time of a write, and lets others read meanwhile. Kept in the file.
+            connection.execute("PRAGMA journal_mode = WAL")
+            with connection:
+                connection.execute("UPDATE alembic_version SET version_num = version_num")
+        except sqlite3.OperationalError as error:
+            if "no such table" in str(error):
+                raise sqlite3.DatabaseError(f"the file is no MLflow store ({error}); move it away") from error
+            raise

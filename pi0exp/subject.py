@@ -1,0 +1,120 @@
+"""What is measured: something that can be built, verified and called. The frame knows nothing else of it.
+
+The policy is one subject; single layers, kernels and matrix products are others. `conf/config.yaml` names the class in
+`subject._target_`; it reads from the composed configuration what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from pi0exp.errors import UserError
+from pi0exp.option import Numerics
+
+if TYPE_CHECKING:
+    import torch
+
+    from pi0exp.machine import Machine
+
+Progress = Callable[[str], None]
+"""Told in a few words what is being done."""
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """The least that a stage must do: `count` times `flops` operations and `bytes_moved` bytes of device memory."""
+
+    name: str
+    flops: float
+    bytes_moved: float
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether it still computes the same. wrong: one sentence for each way in which it does not. metrics: errors."""
+
+    wrong: list[str] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Instance(Protocol):
+    """A built and verified subject."""
+
+    @property
+    def verdict(self) -> Verdict: ...
+    @property
+    def applied(self) -> dict[str, list[str]]: ...
+    @property
+    def facts(self) -> dict[str, str]:
+        """What one must know to read the numbers, e.g. tokens=stand-in."""
+        ...
+
+    @property
+    def startup_s(self) -> dict[str, float]:
+        """Seconds of building and of first calls (compilation, capture)."""
+        ...
+
+    @property
+    def calls_per_s_factor(self) -> int:
+        """How many samples one call computes (the batch size)."""
+        ...
+
+    def call(self, index: int) -> None:
+        """One call on device-resident input number `index`, which wraps around; may return before the device is done."""
+        ...
+
+    def call_host(self, index: int) -> None:
+        """The same from host arrays to host arrays; returns when the result is there."""
+        ...
+
+    def counters(self) -> dict[str, float]: ...
+
+
+class Subject(Protocol):
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Self:
+        """Type the parts of the configuration that this subject reads. Raises UserError."""
+        ...
+
+    @property
+    def numerics(self) -> Numerics: ...
+
+    def preflight(self) -> None:
+        """Read whatever input can be wrong, before anything expensive. Raises UserError."""
+        ...
+
+    def unmet(self, machine: Machine) -> list[str]:
+        """Why this cannot run on that machine or in that combination; empty if it can."""
+        ...
+
+    def proofs(self) -> list[tuple[str, str]]:
+        """(what, regular expression): some kernel or runtime call of a GPU profile must match each."""
+        ...
+
+    def work(self) -> list[StageWork]:
+        """The least work of one call, stage by stage."""
+        ...
+
+    def matrix_dtype(self) -> torch.dtype:
+        """The dtype of its matrix products, for the machine's ceiling."""
+        ...
+
+    def build(self, device: torch.device, inputs: int, progress: Progress) -> Instance:
+        """Build it, verify it, and keep `inputs` different inputs on the device."""
+        ...
+
+
+def subject(plain: dict[str, Any]) -> Subject:
+    """The subject that the configuration names, typed."""
+    target = str(plain["subject"]["_target_"])
+    module, _, name = target.rpartition(".")
+    try:
+        cls = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"subject: _target_ {target!r} cannot be loaded: {error}") from error
+    made: Subject = cls.from_plain(plain)
+    return made

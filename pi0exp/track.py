@@ -1,0 +1,281 @@
+"""The store of results: MLflow, and nothing else knows it. One MLflow experiment a study, one run a point.
+
+MLflow is imported when a store is opened, not before: it takes seconds, and a child that measures must not hold it.
+"""
+
+import json
+import logging
+import math
+import re
+import sqlite3
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from pi0exp.errors import UserError
+from pi0exp.result import Outcome
+from pi0exp.sqlite import prepare
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+_T = TypeVar("_T")
+
+Record = dict[str, Any]
+"""A measured point in the form of pi0exp.result.record."""
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+"""What a study may be called; it names an MLflow experiment and a folder."""
+
+TAG_CHARACTERS = 4000
+"""MLflow cuts at 8000 with a warning. Tags are for the table; the whole text is in result.json."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A point that was found in the store."""
+
+    run_id: str
+    record: Record
+
+
+def default_root() -> Path:
+    """`mlruns` at the top of the checkout that holds this package; without a checkout, of the working directory."""
+    repository = Path(__file__).resolve().parent.parent
+    return (repository if (repository / "pyproject.toml").is_file() else Path.cwd()) / "mlruns"
+
+
+class Store:
+    """Results by study and key. Whatever goes wrong with the store itself is a UserError of one line."""
+
+    def __init__(self, client: "MlflowClient", name: str, artifacts: Path | None, own: bool) -> None:
+        self._client = client
+        self._name = name
+        self._artifacts = artifacts
+        self._own = own
+
+    @classmethod
+    def open(cls, uri: str | None = None, root: Path | None = None) -> Self:
+        """The store at an MLflow tracking URI; without one, a SQLite file in root, created where there is none.
+
+        That it can be written is tried here, by writing: after a measurement would be too late.
+        """
+        _import_mlflow()
+        from mlflow import MlflowClient
+        from sqlalchemy.engine import URL, make_url
+        from sqlalchemy.exc import ArgumentError
+
+        folder = (root or default_root()).absolute()
+        try:
+            url = make_url(uri) if uri else URL.create("sqlite", database=str(folder / "mlflow.db"))
+        except (ArgumentError, ValueError) as error:
+            raise UserError(f"uri={uri} is no tracking URI: write sqlite:////folder/mlflow.db or http://host:5000") from error
+        name = url.render_as_string(hide_password=True)
+        artifacts = None
+        if url.get_backend_name() == "file":
+            raise UserError(f"{name}: MLflow no longer keeps runs in plain files: write sqlite:////folder/mlflow.db")
+        if url.get_backend_name() == "sqlite":
+            artifacts = prepare(url, folder if root or not uri else None)
+        with _told(name):
+            target = url.render_as_string(hide_password=False) if artifacts else uri
+            client = MlflowClient(tracking_uri=target, registry_uri=target)
+            client.search_experiments(max_results=1)
+        return cls(client, name, artifacts, own=not uri)
+
+    def settled(self, study: str, key: str) -> Stored | None:
+        """The latest run of this point that need not be repeated, if its record is still there."""
+        for run in self._search(study, f"tags.key = '{key}'"):
+            if run.data.tags.get("outcome") in {outcome.value for outcome in Outcome if outcome.settled} and (
+                stored := self._stored(run)
+            ):
+                return stored
+        return None
+
+    def runs(self, study: str) -> list[Stored]:
+        """All finished points of a study, the latest first; failed ones too."""
+        return [stored for run in self._search(study, "") if (stored := self._stored(run))]
+
+    def start(self, study: str, name: str, key: str, params: dict[str, str], tags: dict[str, str]) -> str:
+        """Open the run of a point before it is measured and return the run's id."""
+        from mlflow.entities import Param
+
+        tags = {"key": key, "study": study, "outcome": "running", **tags}
+        with _told(self._name):
+            experiment_id = self._experiment(study)
+            run = self._client.create_run(experiment_id, tags=_cut(tags), run_name=name)
+            for some in _chunks([Param(name, value) for name, value in params.items()], 100):
+                self._client.log_batch(run.info.run_id, params=some)
+            return str(run.info.run_id)
+
+    def finish(self, run_id: str, record: Record) -> None:
+        """Log what a point left behind and close its run.
+
+        The outcome is written after the record: a run that says it is settled has its record.
+        """
+        from mlflow.entities import Metric, RunTag
+
+        now = int(time.time() * 1000)
+        # SQL turns infinity into a large number, and charts leave NaN out: neither goes there, the tag names them.
+        metrics = {name: float(value) for name, value in record["metrics"].items()}
+        finite = [Metric(name, value, now, 0) for name, value in metrics.items() if math.isfinite(value)]
+        samples = [
+            Metric("samples/latency_ms", value, now, step)
+            for step, value in enumerate(record["samples"].get("latency_ms", []))
+        ]
+        tags = {f"facts.{name}": value for name, value in record["facts"].items()}
+        tags |= {"reasons": "\n".join(record["reasons"]), "numerics": record["numerics"]}
+        tags |= {"mlflow.note.content": _note(record)}
+        if unfit := [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]:
+            tags["nonfinite"] = ", ".join(unfit)
+        outcome = Outcome(record["outcome"])
+        with _told(self._name):
+            self._client.log_text(run_id, json.dumps(record["experiment"], indent=2), "experiment.json")
+            self._client.log_text(run_id, json.dumps(record), "result.json")
+            if record["log"]:
+                self._client.log_text(run_id, record["log"], "log.txt")
+            for some in _chunks(finite + samples, 1000):
+                self._client.log_batch(run_id, metrics=some)
+            for chosen in _chunks([RunTag(name, value) for name, value in _cut(tags).items()], 100):
+                self._client.log_batch(run_id, tags=chosen)
+            self._client.set_tag(run_id, "outcome", outcome.value)
+            self._client.set_terminated(run_id, _status(outcome))
+
+    def find(self, record: Record) -> str | None:
+        """The run that holds this very record. Another result under the same key is a UserError."""
+        for run in self._search(record["study"], f"tags.key = '{record['key']}'"):
+            stored = self._stored(run)
+            if stored is None:
+                continue
+            # As text: NaN differs from itself.
+            if json.dumps(stored.record, sort_keys=True) == json.dumps(record, sort_keys=True):
+                return stored.run_id
+            if Outcome(stored.record["outcome"]).settled or run.data.tags.get("imported"):
+                raise UserError(
+                    f"{record['study']}/{record['key']}: run {stored.run_id} in {self._name} has another result "
+                    "under this key; delete that run in MLflow to load this one"
+                )
+        return None
+
+    def import_record(self, record: Record, name: str | None = None) -> tuple[str, bool]:
+        """Bring in a point measured elsewhere. (run id, whether it is new): a record is brought in only once.
+
+        name: of the run in MLflow's tables; otherwise the stack among the params, or the key where there is none.
+        """
+        if run_id := self.find(record):
+            return run_id, False
+        tags = {name: str(record["fingerprint"].get(name, "")) for name in ("gpu", "arch", "commit", "dirty")}
+        tags = {name: value for name, value in tags.items() if value} | {"imported": "true"}
+        name = name or record["params"].get("stack", record["key"])
+        run_id = self.start(record["study"], name, record["key"], record["params"], tags)
+        try:
+            self.finish(run_id, record)
+        except BaseException:
+            self._client.delete_run(run_id)
+            raise
+        return run_id, True
+
+    def _experiment(self, study: str) -> str:
+        from mlflow import MlflowException
+
+        if not NAME.fullmatch(study):
+            raise UserError(f"study={study!r}: use letters, digits, `_`, `-` and `.`")
+        location = str(self._artifacts / study) if self._artifacts else None
+        experiment = self._client.get_experiment_by_name(study)
+        if experiment is None:
+            try:
+                experiment = self._client.get_experiment(self._client.create_experiment(study, location))
+            except MlflowException:
+                # Somebody else may have created it in between.
+                if (experiment := self._client.get_experiment_by_name(study)) is None:
+                    raise
+        if experiment.lifecycle_stage != "active":
+            raise UserError(f"{self._name}: experiment {study} was deleted; restore it in MLflow or choose another study")
+        if self._own and experiment.artifact_location != location:
+            raise UserError(
+                f"{self._name}: the store was moved, the files of {study} belong in {experiment.artifact_location}; "
+                "move it back or choose another root"
+            )
+        if location and experiment.artifact_location == location:
+            # MLflow would only find out when the first file is logged, after the measurement.
+            Path(location).mkdir(parents=True, exist_ok=True)
+        return str(experiment.experiment_id)
+
+    def _search(self, study: str, where: str) -> Iterator["Run"]:
+        token = None
+        with _told(self._name):
+            if (experiment := self._client.get_experiment_by_name(study)) is None:
+                return
+            while True:
+                page = self._client.search_runs(
+                    [experiment.experiment_id], where, order_by=["attributes.start_time DESC"], page_token=token
+                )
+                yield from page
+                if not (token := page.token):
+                    return
+
+    def _stored(self, run: "Run") -> Stored | None:
+        """None where the run has no record: it still runs, it was killed, or its files were deleted."""
+        run_id = run.info.run_id
+        with _told(self._name), tempfile.TemporaryDirectory() as folder:
+            if "result.json" not in {file.path for file in self._client.list_artifacts(run_id)}:
+                return None
+            text = Path(self._client.download_artifacts(run_id, "result.json", folder)).read_text()
+        try:
+            return Stored(run_id, json.loads(text))
+        except ValueError as error:
+            raise UserError(f"{self._name}: result.json of run {run_id} is torn ({error}); delete that run") from error
+
+
+def _import_mlflow() -> None:
+    """Import MLflow without its messages and without its reports to its makers."""
+    import mlflow  # noqa: F401
+    from mlflow.environment_variables import MLFLOW_DISABLE_TELEMETRY
+    from mlflow.telemetry import set_telemetry_client
+
+    MLFLOW_DISABLE_TELEMETRY.set(True)
+    set_telemetry_client()
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Turn what MLflow, SQL or the file system raise into one line that names the store."""
+    from mlflow import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
+        raise UserError(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+
+
+def _chunks(items: list[_T], size: int) -> Iterator[list[_T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _cut(tags: dict[str, str]) -> dict[str, str]:
+    return {name: value[:TAG_CHARACTERS] for name, value in tags.items()}
+
+
+def _status(outcome: Outcome) -> str:
+    if outcome is Outcome.INTERRUPTED:
+        return "KILLED"
+    return "FINISHED" if outcome.settled else "FAILED"
+
+
+def _note(record: Record) -> str:
+    """What MLflow shows at the top of a run's page."""
+    numerics = f", {record['numerics']}" if record["numerics"] else ""
+    lines = [f"**{record['outcome']}**{numerics}", *(f"- {reason}" for reason in record["reasons"])]
+    metrics = {name: f"{value:.6g}" for name, value in record["metrics"].items()}
+    for title, rows in (("parameter", record["params"]), ("metric", metrics)):
+        if rows:
+            lines += ["", f"| {title} | value |", "|---|---|"]
+            lines += ["| {} | {} |".format(name, value.replace("|", "\\|")) for name, value in rows.items()]
+    return "\n".join(lines)
