@@ -29,7 +29,8 @@ def card(record: dict[str, Any], run_id: str, settled: bool) -> str:
     if outcome == "ok":
         rows += [("latency", _latency(metrics)), ("host to host", f"p50 {metrics['latency_host_ms/p50']:.2f} ms")]
         if "roofline/share" in metrics:
-            rows.append(("roofline", f"floor {metrics['roofline/floor_ms']:.2f} ms, {100 * metrics['roofline/share']:.0f} % of it reached"))
+            floor, share = metrics["roofline/floor_ms"], metrics["roofline/share"]
+            rows.append(("roofline", f"floor {floor:.2f} ms, {100 * share:.0f} % of it reached"))
     if "error/rel_l2" in metrics:
         rows.append(("error", _error(record)))
     rows.append(("outcome", outcome + (" (already measured; resume=false measures again)" if settled else "")))
@@ -39,7 +40,11 @@ def card(record: dict[str, Any], run_id: str, settled: bool) -> str:
 
 
 def _workload(params: dict[str, str], facts: dict[str, str]) -> str:
-    words = [params["workload"], f"batch {params['workload.batch_size']}", f"cameras {params['workload.cameras_present']}"]
+    words = [
+        params["workload"],
+        f"batch {params['workload.batch_size']}",
+        f"cameras {params['workload.cameras_present']}",
+    ]
     words += [f"prompt {params['workload.prompt_tokens']}/{params['workload.prompt_padded']}"]
     words += [f"horizon {params['workload.horizon']}", f"{params['workload.num_steps']} steps"]
     return ", ".join(words + [f"{name}={facts[name]}" for name in ("tokens", "normalization") if name in facts])

@@ -1,6 +1,7 @@
 """What this GPU reaches on a large copy and a large matrix product, measured in short bursts from a rested clock."""
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -19,14 +20,13 @@ def burst_ceilings(dtype: torch.dtype, device: torch.device, seconds: float) -> 
     source = torch.randint(0, 256, (_COPY_BYTES,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copies = _best_seconds(lambda: target.copy_(source), device, seconds / 2, calls=8)
-    del source, target
     a, b = (torch.randn(_SIDE, _SIDE, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     products = _best_seconds(lambda: torch.mm(a, b, out=out), device, seconds / 2, calls=4)
     return Ceilings(bytes_per_s=2 * _COPY_BYTES / copies, flops_per_s=2 * _SIDE**3 / products)
 
 
-def _best_seconds(call, device: torch.device, budget_s: float, calls: int) -> float:  # type: ignore[no-untyped-def]
+def _best_seconds(call: Callable[[], object], device: torch.device, budget_s: float, calls: int) -> float:
     """Seconds of one call in the fastest burst of `calls`."""
     for _ in range(2):
         call()

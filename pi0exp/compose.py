@@ -40,9 +40,18 @@ def register() -> None:
 
 def one_line(error: Exception) -> str:
     """An error of Hydra or OmegaConf on one line, options listed with commas."""
-    cause = error.__cause__ if error.__cause__ is not None and str(error.__cause__) not in str(error) else None
-    lines = [line.strip() for part in filter(None, [str(error), cause and str(cause)]) for line in part.splitlines()]
-    noise = ("full_key:", "object_type=", "reference_type=", "See https://", "Set the environment variable", "Config search path:")
+    texts = [str(error)]
+    if error.__cause__ is not None and str(error.__cause__) not in texts[0]:
+        texts.append(str(error.__cause__))
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    noise = (
+        "full_key:",
+        "object_type=",
+        "reference_type=",
+        "See https://",
+        "Set the environment variable",
+        "Config search path:",
+    )
     kept = [line for line in lines if line and not line.startswith(noise)]
     text = ""
     for line in kept:
@@ -85,7 +94,9 @@ def stage_option(group: str, stage: str, node: Any) -> tuple[str, dict[str, Any]
     name = settings.pop("name", None)
     known = GlobalHydra.instance().config_loader().get_group_options(group)
     if not isinstance(name, str) or name not in known:
-        raise UserError(f"{where} is {node!r}; it must name one of {', '.join(known)}, or be {{name: ..., setting: ...}}")
+        raise UserError(
+            f"{where} is {node!r}; it must name one of {', '.join(known)}, or be {{name: ..., setting: ...}}"
+        )
     if nested := [key for key in settings if key in _STAGES]:
         raise UserError(f"{where}.{nested[0]}: an option of a single stage has no stages of its own")
     try:

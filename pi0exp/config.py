@@ -1,4 +1,4 @@
-"""The composed configuration as plain frozen types. Nothing past this file sees OmegaConf, strings for choices, or YAML."""
+"""The composed configuration as plain frozen types. Nothing past this file sees OmegaConf or YAML."""
 
 from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import StrEnum
@@ -41,7 +41,13 @@ class MeasureConfig:
     timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        for name, least in (("inputs", 8), ("warmup_calls", 1), ("samples", 1), ("host_samples", 1), ("profile_calls", 1)):
+        for name, least in (
+            ("inputs", 8),
+            ("warmup_calls", 1),
+            ("samples", 1),
+            ("host_samples", 1),
+            ("profile_calls", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
         for name in ("warmup_s", "warmup_max_s", "samples_max_s", "ceilings_s", "timeout_s"):
@@ -80,7 +86,9 @@ class Stack:
 
     def parts(self) -> list[tuple[str, Option]]:
         """The same with options of single stages told apart: ("attention.denoise", option)."""
-        return [(f"{group}.{stage}".rstrip("."), part) for group, option in self.options() for stage, part in option.parts()]
+        return [
+            (f"{group}.{stage}".rstrip("."), part) for group, option in self.options() for stage, part in option.parts()
+        ]
 
 
 GROUPS = tuple(field.name for field in fields(Stack))
@@ -119,7 +127,9 @@ def option(group: str, node: Any) -> Option:
     if stages and not issubclass(cls, StagedOption):
         raise UserError(f"{group}.{next(iter(stages))}: {group} cannot be set for single stages")
     own = typed(cls, values, group)
-    return replace(own, **{stage: option(f"{group}.{stage}", inner) for stage, inner in stages.items()}) if stages else own
+    return (
+        replace(own, **{stage: option(f"{group}.{stage}", inner) for stage, inner in stages.items()}) if stages else own
+    )
 
 
 def _option_class(group: str, target: str) -> type[Option]:

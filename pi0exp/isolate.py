@@ -1,4 +1,4 @@
-"""Run `pi0exp.measure` in a process of its own, follow its progress, and bring home its result whatever happens to it."""
+"""Run `pi0exp.measure` in a process of its own, follow it, and bring home its result whatever happens to it."""
 
 import json
 import os
@@ -82,16 +82,22 @@ def _end(child: subprocess.Popen[str]) -> None:
 def _result(code: int, target: Path, log: str) -> Result:
     if code == CONFIG_ERROR and not target.exists():
         lines = [line for line in log.splitlines() if line.startswith("pi0exp.measure: ")]
-        raise UserError(lines[-1].removeprefix("pi0exp.measure: ") if lines else "the measuring process refused its input")
+        raise UserError(
+            lines[-1].removeprefix("pi0exp.measure: ") if lines else "the measuring process refused its input"
+        )
     if target.exists():
         try:
             values = json.loads(target.read_text())
             kept = values | {"log": "" if values["outcome"] == Outcome.OK else log}
             return Result(**kept)
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-            return Result(Outcome.ERROR, [f"the measuring process wrote a result that cannot be read: {error}"], log=log)
+            return Result(
+                Outcome.ERROR, [f"the measuring process wrote a result that cannot be read: {error}"], log=log
+            )
     if code == -signal.SIGKILL:
-        return Result(Outcome.ERROR, ["the measuring process was killed (SIGKILL); out of memory on the host, perhaps"], log=log)
+        return Result(
+            Outcome.ERROR, ["the measuring process was killed (SIGKILL); out of memory on the host, perhaps"], log=log
+        )
     if code < 0:
         return Result(Outcome.ERROR, [f"the measuring process died of {signal.Signals(-code).name}"], log=log)
     return Result(Outcome.ERROR, [f"the measuring process ended with code {code} and no result"], log=log)

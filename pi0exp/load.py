@@ -40,7 +40,7 @@ def write_record(record: Record, directory: Path) -> Path:
     if len(content) > PLAIN_BYTES:
         content = gzip.compress(content, mtime=0)  # the same record, the same bytes
         chosen, other = other, chosen
-    path = folder / f"{record['key']}{chosen}"
+    path: Path = folder / f"{record['key']}{chosen}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp", delete=False) as file:

@@ -85,7 +85,7 @@ def _nvidia() -> dict[str, Any]:
 
 
 def _amd() -> dict[str, Any]:
-    """The first GPU by AMD SMI, which comes with ROCm. Not run on AMD hardware yet; its answers are tested as recorded."""
+    """The first GPU by AMD SMI, which comes with ROCm. Not run on AMD hardware; tested with answers of its form."""
     import amdsmi
 
     amdsmi.amdsmi_init()
@@ -117,7 +117,9 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
 
 
 def commit() -> tuple[str, bool]:
@@ -159,4 +161,3 @@ def let_hydra_raise() -> None:
 def child_environment() -> dict[str, str]:
     """The environment of the measuring process: this one's, output unbuffered."""
     return {**os.environ, "PYTHONUNBUFFERED": "1"}
-

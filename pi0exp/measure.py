@@ -30,12 +30,20 @@ def target_machine(wanted: config.Device) -> tuple[Machine, list[str]]:
     if wanted is config.Device.cpu:
         return machine.without_gpu(), []
     missing = wanted is config.Device.gpu and not machine.has_gpu
-    return machine, [f"measure.device=gpu: this machine has no GPU that torch {machine.versions.get('torch')} can use"] if missing else []
+    return machine, [
+        f"measure.device=gpu: this machine has no GPU that torch {machine.versions.get('torch')} can use"
+    ] if missing else []
 
 
 def fingerprint(machine: Machine) -> dict[str, Any]:
     head, dirty = commit()
-    return {**machine.identity(), "cpu": machine.cpu, "cores": machine.cores, "commit": head, "dirty": str(dirty).lower()}
+    return {
+        **machine.identity(),
+        "cpu": machine.cpu,
+        "cores": machine.cores,
+        "commit": head,
+        "dirty": str(dirty).lower(),
+    }
 
 
 def measure(plain: dict[str, Any]) -> Result:
@@ -59,11 +67,19 @@ def measure(plain: dict[str, Any]) -> Result:
     if machine.has_gpu:
         progress("ceilings: copy and matrix product")
         ceilings = burst_ceilings(thing.matrix_dtype(), device, settings.ceilings_s)
-        metrics |= {"ceilings/copy_tb_per_s": ceilings.bytes_per_s / 1e12, "ceilings/matrix_tflop_per_s": ceilings.flops_per_s / 1e12}
+        metrics |= {
+            "ceilings/copy_tb_per_s": ceilings.bytes_per_s / 1e12,
+            "ceilings/matrix_tflop_per_s": ceilings.flops_per_s / 1e12,
+        }
         torch.cuda.empty_cache()
 
     instance = thing.build(device, settings.inputs, progress)
-    common: dict[str, Any] = {"numerics": numerics, "applied": instance.applied, "facts": instance.facts, "fingerprint": prints}
+    common: dict[str, Any] = {
+        "numerics": numerics,
+        "applied": instance.applied,
+        "facts": instance.facts,
+        "fingerprint": prints,
+    }
     metrics |= instance.verdict.metrics
     if instance.verdict.wrong:
         return Result(Outcome.WRONG_NUMERICS, instance.verdict.wrong, metrics=metrics, **common)
@@ -73,10 +89,18 @@ def measure(plain: dict[str, Any]) -> Result:
     progress("warm up")
     metrics |= warm_up(instance.call, device, settings)
     samples = measure_samples(
-        lambda i: device_sample_ms(instance.call, i, device), settings.samples, settings.samples_max_s, progress, "measure"
+        lambda i: device_sample_ms(instance.call, i, device),
+        settings.samples,
+        settings.samples_max_s,
+        progress,
+        "measure",
     )
     host = measure_samples(
-        lambda i: wall_sample_ms(instance.call_host, i), settings.host_samples, settings.samples_max_s, progress, "measure host to host"
+        lambda i: wall_sample_ms(instance.call_host, i),
+        settings.host_samples,
+        settings.samples_max_s,
+        progress,
+        "measure host to host",
     )
     if machine.has_gpu:
         metrics["memory_mb/peak"] = torch.cuda.max_memory_allocated(device) / 2**20
@@ -86,17 +110,22 @@ def measure(plain: dict[str, Any]) -> Result:
             return Result(Outcome.UNPROVEN, reasons, metrics=metrics, **common)
 
     timed = summary(samples)
-    timed |= {"latency_host_ms/p50": median(host), "throughput_hz": 1e3 * instance.calls_per_s_factor / timed["latency_ms/p50"]}
+    timed |= {
+        "latency_host_ms/p50": median(host),
+        "throughput_hz": 1e3 * instance.calls_per_s_factor / timed["latency_ms/p50"],
+    }
     metrics |= {f"startup_s/{name}": seconds for name, seconds in instance.startup_s.items()} | instance.counters()
     if ceilings is not None:
         stages = floor_ms(thing.work(), ceilings)
         floor = sum(stages.values())
         metrics |= {"roofline/floor_ms": floor} | {f"roofline/floor_ms_{name}": value for name, value in stages.items()}
         if timed["latency_ms/p50"] < floor:
-            reason = f"latency {timed['latency_ms/p50']:.3f} ms is below the hardware's floor {floor:.3f} ms: the benchmark is wrong"
+            reason = f"latency {timed['latency_ms/p50']:.3f} ms is below the floor of {floor:.3f} ms: a wrong benchmark"
             return Result(Outcome.ERROR, [reason], metrics=metrics, **common)
         timed["roofline/share"] = floor / timed["latency_ms/p50"]
-    return Result(Outcome.OK, metrics=metrics | timed, samples={"latency_ms": samples, "latency_host_ms": host}, **common)
+    return Result(
+        Outcome.OK, metrics=metrics | timed, samples={"latency_ms": samples, "latency_host_ms": host}, **common
+    )
 
 
 def guarded(plain: dict[str, Any]) -> Result:

@@ -50,7 +50,9 @@ class Requires:
         if self.vendors and machine.vendor not in self.vendors:
             reasons.append(f"needs a GPU of {' or '.join(self.vendors)}; this machine has {machine.gpu}")
         elif self.archs and machine.arch not in self.archs:
-            reasons.append(f"needs the architecture {' or '.join(self.archs)}; this machine has {machine.gpu} ({machine.arch})")
+            reasons.append(
+                f"needs the architecture {' or '.join(self.archs)}; this machine has {machine.gpu} ({machine.arch})"
+            )
         return reasons + [reason for package in self.packages if (reason := _unmet_package(package))]
 
 
@@ -65,7 +67,11 @@ def _unmet_package(requirement: str) -> str | None:
         found = metadata.version(wanted.name)
     except metadata.PackageNotFoundError:
         return f"needs the package {requirement}, which is not installed"
-    return None if wanted.specifier.contains(found, prereleases=True) else f"needs the package {requirement}; {found} is installed"
+    return (
+        None
+        if wanted.specifier.contains(found, prereleases=True)
+        else f"needs the package {requirement}; {found} is installed"
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Option:
     proof: ClassVar[str] = ""
 
     def apply(self, policy: Policy) -> None:
-        """Change `policy` through `fill`, `wrap_stage`, `wrap_call` or `prepare_with`; the plain option does nothing."""
+        """Change `policy` through its `fill`, `wrap_...` and `prepare_with`; the plain option does nothing."""
 
     def clashes(self, stack: Stack) -> list[str]:
         """Why it cannot stand in `stack` beside what else is there; none if it can."""
@@ -117,4 +123,3 @@ class StagedOption(Option):
     def parts(self) -> list[tuple[str, Option]]:
         others = [(stage, option) for stage in STAGES if (option := getattr(self, stage)) is not None]
         return others if len(others) == len(STAGES) else [("", self), *others]
-

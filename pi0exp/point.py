@@ -49,7 +49,9 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
 
     try:
         if reasons := lacking + thing.unmet(machine):
-            result = Result(Outcome.UNSUPPORTED, reasons, numerics=thing.numerics.name, fingerprint=fingerprint(machine))
+            result = Result(
+                Outcome.UNSUPPORTED, reasons, numerics=thing.numerics.name, fingerprint=fingerprint(machine)
+            )
         else:
             with shown_progress(run_name(plain)) as progress:
                 result = measure_isolated(experiment, settings.timeout_s, progress)
@@ -76,9 +78,19 @@ def run_params(plain: dict[str, Any]) -> dict[str, str]:
 def run_name(plain: dict[str, Any]) -> str:
     """The stack's name if it has one, else its options that are not the plain ones."""
     names = plain["names"]
-    plain_options = {"precision": "bf16", "image_masking": "keep", "fusion": "none", "gemm": "blas", "attention": "eager"}
+    plain_options = {
+        "precision": "bf16",
+        "image_masking": "keep",
+        "fusion": "none",
+        "gemm": "blas",
+        "attention": "eager",
+    }
     plain_options |= {"compile_mode": "none", "graphs": "none"}
-    special = [f"{name}={value}" for name, value in names.items() if name.split(".")[0] in config.GROUPS and plain_options.get(name) != value]
+    special = [
+        f"{name}={value}"
+        for name, value in names.items()
+        if name.split(".")[0] in config.GROUPS and plain_options.get(name) != value
+    ]
     return "  ".join([names["model"], names["workload"], names.get("stack") or " ".join(special) or "plain"])
 
 

@@ -56,7 +56,9 @@ class Policy:
         """
         shape = (observation.batch_size, self.horizon, self.model.config.action_dim)
         if observation.device != self.device:
-            raise UserError(f"the observation is on {observation.device}, the policy on {self.device}: use observation.to(...)")
+            raise UserError(
+                f"the observation is on {observation.device}, the policy on {self.device}: use observation.to(...)"
+            )
         if noise_BCA is None:
             noise_BCA = torch.randn(shape, device=self.device)
         if tuple(noise_BCA.shape) != shape or noise_BCA.dtype != torch.float32 or noise_BCA.device != self.device:
@@ -67,9 +69,13 @@ class Policy:
         size, action_dim = self.model.config.vision.image_size, self.model.config.action_dim
         for name, image in observation.images.items():
             if tuple(image.shape[2:]) != (size, size):
-                raise UserError(f"observation.images[{name}] is {list(image.shape[2:])}; the model takes {[size, size]}")
+                raise UserError(
+                    f"observation.images[{name}] is {list(image.shape[2:])}; the model takes {[size, size]}"
+                )
         if tuple(observation.state_BA.shape[1:]) != (action_dim,):
-            raise UserError(f"observation.state_BA is {list(observation.state_BA.shape)}; the model takes [batch, {action_dim}]")
+            raise UserError(
+                f"observation.state_BA is {list(observation.state_BA.shape)}; the model takes [batch, {action_dim}]"
+            )
         for prepare in self._prepare:
             observation = prepare(observation)
         return (self._call or self.plain_call)(observation, noise_BCA)

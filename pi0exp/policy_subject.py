@@ -105,9 +105,7 @@ class PolicySubject:
         return Policy(model, self.workload.horizon, self.workload.num_steps)
 
     def on_device(self, items: Sequence[HostInput], device: torch.device) -> list[DeviceInput]:
-        return [
-            (item.observation(self.dimensions, device), torch.from_numpy(item.noise).to(device)) for item in items
-        ]
+        return [(item.observation(self.dimensions, device), torch.from_numpy(item.noise).to(device)) for item in items]
 
     def build(self, device: torch.device, inputs: int, progress: Progress) -> PolicyInstance:
         checks = self.on_device(verification_inputs(self.workload, self.dimensions, self.normalization), device)

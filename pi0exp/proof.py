@@ -19,8 +19,8 @@ def profiled_names(call: Callable[[int], None], calls: int) -> set[str]:
         for index in range(calls):
             call(index)
         torch.cuda.synchronize()
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]  # the parsed tree takes minutes for eager runs
-    gpu = torch.autograd.DeviceType.CUDA
+    events = profile.profiler.kineto_results.events()  # the parsed tree takes minutes for eager runs
+    gpu = torch._C._autograd.DeviceType.CUDA
     return {event.name() for event in events if event.device_type() == gpu or event.name().startswith(RUNTIME)}
 
 

@@ -23,7 +23,9 @@ class Ceilings:
 def floor_ms(work: list[StageWork], ceilings: Ceilings) -> dict[str, float]:
     """Milliseconds of every stage: the larger of its arithmetic and its memory traffic at the ceilings."""
     return {
-        stage.name: 1e3 * stage.count * max(stage.flops / ceilings.flops_per_s, stage.bytes_moved / ceilings.bytes_per_s)
+        stage.name: 1e3
+        * stage.count
+        * max(stage.flops / ceilings.flops_per_s, stage.bytes_moved / ceilings.bytes_per_s)
         for stage in work
     }
 
@@ -50,7 +52,7 @@ class _Stage:
 def policy_work(
     config: ModelConfig, cameras: int, prompt_tokens: list[int], horizon: int, num_steps: int, bytes_per_value: int = 2
 ) -> list[StageWork]:
-    """Vision, prefill and denoise of one call over a batch with one prompt length a row and equal cameras in each row."""
+    """The stages of one call over a batch: as many cameras in every row, one prompt length a row."""
     vision, gemma, expert = config.vision, config.paligemma, config.expert
     batch, patches = len(prompt_tokens), vision.num_patches
     query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim

@@ -81,15 +81,16 @@ def _create(path: Path, root: Path) -> None:
     new = path.with_name(f".{path.name}.new")
     for leftover in (new, new.with_name(f"{new.name}-journal")):
         leftover.unlink(missing_ok=True)
-    SqlAlchemyStore(URL.create("sqlite", database=str(new)).render_as_string(), str(root)).engine.dispose()
+    store = SqlAlchemyStore(URL.create("sqlite", database=str(new)).render_as_string(), root.as_uri())  # type: ignore[no-untyped-call]
+    store.engine.dispose()
     new.replace(path)
 
 
 def _check(url: "URL") -> None:
     """Open the file in the way that MLflow will, and change it."""
     # MLflow retries a file that cannot be opened for minutes, and would add its tables to a database of others.
-    arguments, options = url.get_dialect()().create_connect_args(url)
-    with closing(sqlite3.connect(*arguments, **options | {"timeout": BUSY_S})) as connection:
+    [file], options = url.get_dialect()().create_connect_args(url)
+    with closing(sqlite3.connect(file, uri=bool(options.get("uri")), timeout=BUSY_S)) as connection:
         try:
             # Halves the time of a write, and lets others read meanwhile. Kept in the file.
             connection.execute("PRAGMA journal_mode = WAL")

@@ -64,7 +64,7 @@ class Instance(Protocol):
         ...
 
     def call(self, index: int) -> None:
-        """One call on device-resident input number `index`, which wraps around; may return before the device is done."""
+        """One call on device-resident input `index` (it wraps around); may return before the device is done."""
         ...
 
     def call_host(self, index: int) -> None:

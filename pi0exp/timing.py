@@ -41,7 +41,8 @@ def device_sample_ms(call: Call, index: int, device: torch.device) -> float:
     call(index)
     stop.record()
     stop.synchronize()
-    return start.elapsed_time(stop)
+    elapsed_ms: float = start.elapsed_time(stop)
+    return elapsed_ms
 
 
 def wall_sample_ms(call: Call, index: int) -> float:
@@ -93,4 +94,7 @@ def percentile(samples: list[float], percent: float) -> float:
 def summary(samples: list[float]) -> dict[str, float]:
     """`latency_ms/...` of the samples."""
     numbers = {f"p{percent}": percentile(samples, percent) for percent in (50, 10, 90, 99)}
-    return {f"latency_ms/{name}": value for name, value in {**numbers, "mean": fmean(samples), "std": pstdev(samples)}.items()}
+    return {
+        f"latency_ms/{name}": value
+        for name, value in {**numbers, "mean": fmean(samples), "std": pstdev(samples)}.items()
+    }

@@ -74,7 +74,9 @@ class Store:
         try:
             url = make_url(uri) if uri else URL.create("sqlite", database=str(folder / "mlflow.db"))
         except (ArgumentError, ValueError) as error:
-            raise UserError(f"uri={uri} is no tracking URI: write sqlite:////folder/mlflow.db or http://host:5000") from error
+            raise UserError(
+                f"uri={uri} is no tracking URI: sqlite:////folder/mlflow.db or http://host:5000 is"
+            ) from error
         name = url.render_as_string(hide_password=True)
         artifacts = None
         if url.get_backend_name() == "file":
@@ -184,7 +186,9 @@ class Store:
 
         if not NAME.fullmatch(study):
             raise UserError(f"study={study!r}: use letters, digits, `_`, `-` and `.`")
-        location = str(self._artifacts / study) if self._artifacts else None
+        folder = self._artifacts / study if self._artifacts else None
+        # As a URI: MLflow takes a `%41` in a plain path for an `A`.
+        location = folder.as_uri() if folder else None
         experiment = self._client.get_experiment_by_name(study)
         if experiment is None:
             try:
@@ -194,15 +198,15 @@ class Store:
                 if (experiment := self._client.get_experiment_by_name(study)) is None:
                     raise
         if experiment.lifecycle_stage != "active":
-            raise UserError(f"{self._name}: experiment {study} was deleted; restore it in MLflow or choose another study")
+            raise UserError(f"{self._name}: experiment {study} was deleted; restore it or choose another study")
         if self._own and experiment.artifact_location != location:
             raise UserError(
                 f"{self._name}: the store was moved, the files of {study} belong in {experiment.artifact_location}; "
                 "move it back or choose another root"
             )
-        if location and experiment.artifact_location == location:
+        if folder and experiment.artifact_location == location:
             # MLflow would only find out when the first file is logged, after the measurement.
-            Path(location).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         return str(experiment.experiment_id)
 
     def _search(self, study: str, where: str) -> Iterator["Run"]:
@@ -232,13 +236,14 @@ class Store:
 
 
 def _import_mlflow() -> None:
-    """Import MLflow without its messages and without its reports to its makers."""
-    import mlflow  # noqa: F401
-    from mlflow.environment_variables import MLFLOW_DISABLE_TELEMETRY
-    from mlflow.telemetry import set_telemetry_client
+    """Import MLflow without its messages, its progress bars and its reports to its makers."""
+    from mlflow import environment_variables, telemetry
 
-    MLFLOW_DISABLE_TELEMETRY.set(True)
-    set_telemetry_client()
+    # MLflow's settings are typed in part only.
+    settings: Any = environment_variables
+    settings.MLFLOW_DISABLE_TELEMETRY.set(True)
+    settings.MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
+    telemetry.set_telemetry_client()  # type: ignore[no-untyped-call]
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -72,13 +72,17 @@ def judge(
         wrong.append(f"the whole stack {difference}")
     if precision == "fp32" and numerics is not Numerics.APPROXIMATE:
         if max(errors) > FP32_LIMIT:
-            wrong.append(f"relative L2 error {max(errors):.3g} of the actions is above the limit {FP32_LIMIT:g} of fp32")
+            wrong.append(
+                f"relative L2 error {max(errors):.3g} of the actions is above the limit {FP32_LIMIT:g} of fp32"
+            )
     else:
         ratios = [error / max(base, 1e-300) for error, base in zip(errors, own, strict=True)]
         metrics |= {"error/ratio_max": max(ratios), "error/ratio_mean": geometric_mean(ratios)}
         if numerics is Numerics.REORDERED:
-            if max(ratios) > SINGLE_RATIO:
-                wrong.append(f"error of the actions is {max(ratios):.2f} x the plain model's own on one observation (limit {SINGLE_RATIO:g})")
-            if geometric_mean(ratios) > MEAN_RATIO:
-                wrong.append(f"error of the actions is {geometric_mean(ratios):.2f} x the plain model's own in the mean (limit {MEAN_RATIO:g})")
+            for value, limit, where in (
+                (max(ratios), SINGLE_RATIO, "on one observation"),
+                (geometric_mean(ratios), MEAN_RATIO, "in the geometric mean"),
+            ):
+                if value > limit:
+                    wrong.append(f"{value:.2f} x the plain model's own error {where} (limit {limit:g})")
     return Verdict(wrong, metrics)

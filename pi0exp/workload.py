@@ -54,6 +54,10 @@ class Workload:
         tokens = self.prompt_tokens
         if self.observations is None and tokens is None:
             raise UserError("workload.prompt_tokens is null; without workload.observations it must be a number")
+        if self.observations is None and self.tokenizer is not None:
+            raise UserError(
+                f"workload.tokenizer is {self.tokenizer}; only a recorded prompt (workload.observations) is tokenised"
+            )
         if self.observations is not None and tokens is not None:
             raise UserError(
                 f"workload.prompt_tokens is {tokens}; it must be null with workload.observations: the prompt decides"

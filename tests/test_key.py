@@ -58,7 +58,9 @@ def test_digest_sees_code_and_kernels_only(tmp_path):
 
 
 def test_digest_is_the_same_in_a_checkout_and_installed(tmp_path):
-    assert digest_sources(checkout(tmp_path / "a", linked=True)) == digest_sources(checkout(tmp_path / "b", linked=False))
+    assert digest_sources(checkout(tmp_path / "a", linked=True)) == digest_sources(
+        checkout(tmp_path / "b", linked=False)
+    )
 
 
 def test_digest_of_this_package_is_read_once():

@@ -38,7 +38,8 @@ def sdpa_attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Mask | Non
     out_BKRH = F.scaled_dot_product_attention(
         rows_BKRH, k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2), attn_mask=_row_mask(mask, G)
     )
-    return out_BKRH.unflatten(2, (T, G)).permute(0, 2, 1, 3, 4).reshape(B, T, N, H)
+    out_BTNH: Tensor = out_BKRH.unflatten(2, (T, G)).permute(0, 2, 1, 3, 4).reshape(B, T, N, H)
+    return out_BTNH
 
 
 def _row_mask(mask: Mask | None, group: int) -> Tensor | None:

@@ -43,4 +43,7 @@ class Default(Option):
 
 def _compiled() -> dict[str, float]:
     counters = torch._dynamo.utils.counters
-    return {"compile/graphs": float(counters["stats"]["unique_graphs"]), "compile/breaks": float(sum(counters["graph_break"].values()))}
+    return {
+        "compile/graphs": float(counters["stats"]["unique_graphs"]),
+        "compile/breaks": float(sum(counters["graph_break"].values())),
+    }

@@ -77,12 +77,21 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim {self.head_dim} is odd; RoPE rotates pairs")
         if self.expert.width % 2 or self.expert.width < 4:
-            raise ValueError(f"model.expert.width {self.expert.width} must be even and at least 4 (sine and cosine halves)")
+            raise ValueError(
+                f"model.expert.width {self.expert.width} must be even and at least 4 (sine and cosine halves)"
+            )
 
     def _positive(self) -> list[tuple[str, int]]:
         sizes = [(f"vision.{name}", value) for name, value in vars(self.vision).items()]
-        sizes += [(f"{stack}.{name}", value) for stack in ("paligemma", "expert") for name, value in vars(getattr(self, stack)).items()]
-        return sizes + [(name, getattr(self, name)) for name in ("num_heads", "num_kv_heads", "head_dim", "vocab_size", "action_dim")]
+        sizes += [
+            (f"{stack}.{name}", value)
+            for stack in ("paligemma", "expert")
+            for name, value in vars(getattr(self, stack)).items()
+        ]
+        return sizes + [
+            (name, getattr(self, name))
+            for name in ("num_heads", "num_kv_heads", "head_dim", "vocab_size", "action_dim")
+        ]
 
     @property
     def suffix_prelude(self) -> int:

@@ -26,7 +26,9 @@ class GemmaAttention(Attention):
         self.v = Linear(stack.width, config.num_kv_heads * config.head_dim, bias=False)
         self.out = Linear(config.num_heads * config.head_dim, stack.width, bias=False)
 
-    def forward(self, x_BTD: Tensor, rotation: Rotation, mask: Mask, prefix: LayerCache | None) -> tuple[Tensor, LayerCache]:
+    def forward(
+        self, x_BTD: Tensor, rotation: Rotation, mask: Mask, prefix: LayerCache | None
+    ) -> tuple[Tensor, LayerCache]:
         q_BTNH, k_BTKH, v_BTKH = (f(x_BTD).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))
         q_BTNH, k_BTKH = rotate(q_BTNH, *rotation), rotate(k_BTKH, *rotation)
         if prefix is not None:

@@ -20,7 +20,9 @@ class Mask:
         the actions.
     """
 
-    def __init__(self, keys_BS: Tensor, num_queries: int, *, full: bool, queries_BT: Tensor | None = None, blind: bool = False):
+    def __init__(
+        self, keys_BS: Tensor, num_queries: int, *, full: bool, queries_BT: Tensor | None = None, blind: bool = False
+    ):
         self.keys_BS, self.queries_BT = keys_BS, queries_BT
         self.num_queries, self.full, self.blind = num_queries, full, blind
         self._visible: Tensor | None = None
@@ -56,6 +58,6 @@ def prefix_mask(valid_BS: Tensor, full: bool) -> Mask:
 
 
 def suffix_mask(valid_BS: Tensor, suffix_tokens: int, full: bool, blind: bool) -> Mask:
-    """Suffix tokens see all real prefix tokens and one another; with `blind` the first one sees only itself of the suffix."""
+    """Suffix tokens see real prefix tokens and one another; with `blind` the first sees only itself of the suffix."""
     own_BT = valid_BS.new_ones(valid_BS.shape[0], suffix_tokens)
     return Mask(torch.cat([valid_BS, own_BT], dim=1), suffix_tokens, full=full, blind=blind)

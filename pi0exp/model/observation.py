@@ -39,11 +39,11 @@ class Structure:
 class Observation:
     """Device tensors and host facts of B observations. `observation_from_arrays` makes one from numpy arrays.
 
-    images: camera name -> float32 [B, 3, H, W] in [-1, 1]; cameras stand in the order of `CAMERAS`, some may be left out.
+    images: camera name -> float32 [B, 3, H, W] in [-1, 1], in the order of `CAMERAS`; some may be left out.
     camera_masks: camera name -> bool [B]; False where the camera does not exist (its picture is then meaningless).
-    state_BA: float32 [B, action_dim]. prompt_BL: int64 token ids [B, L], real tokens first. prompt_mask_BL: bool [B, L].
+    state_BA: float32 [B, action_dim]. prompt_BL: int64 [B, L], real tokens first. prompt_mask_BL: bool [B, L].
     cameras_present, prompt_lengths: the same facts on the host.
-    Raises ValueError where shapes, dtypes or devices do not fit together.
+    Raises UserError where shapes, dtypes or devices do not fit together.
     """
 
     images: Mapping[str, Tensor]
@@ -58,10 +58,15 @@ class Observation:
         batch = self.batch_size
         names = tuple(self.images)
         if names != tuple(name for name in CAMERAS if name in names):
-            raise UserError(f"observation.images has the cameras {', '.join(names)}; known, in this order: {', '.join(CAMERAS)}")
+            raise UserError(
+                f"observation.images has the cameras {', '.join(names)}; known, in this order: {', '.join(CAMERAS)}"
+            )
         if not names == tuple(self.camera_masks) == tuple(self.cameras_present):
             raise UserError("observation.images, .camera_masks and .cameras_present name different cameras")
-        wanted = {f"images[{name}]": (image, torch.float32, (batch, 3, *image.shape[2:])) for name, image in self.images.items()}
+        wanted = {
+            f"images[{name}]": (image, torch.float32, (batch, 3, *image.shape[2:]))
+            for name, image in self.images.items()
+        }
         wanted |= {f"camera_masks[{name}]": (mask, torch.bool, (batch,)) for name, mask in self.camera_masks.items()}
         wanted["state_BA"] = (self.state_BA, torch.float32, (batch, *self.state_BA.shape[1:]))
         wanted["prompt_BL"] = (self.prompt_BL, torch.int64, (batch, self.prompt_padded))
@@ -76,9 +81,13 @@ class Observation:
             raise UserError(f"observation's host facts are not of {batch} rows, the size of its batch")
         for row, length in enumerate(self.prompt_lengths):
             if not 0 <= length <= self.prompt_padded:
-                raise UserError(f"observation.prompt_lengths[{row}] is {length}; the prompt has {self.prompt_padded} tokens")
+                raise UserError(
+                    f"observation.prompt_lengths[{row}] is {length}; the prompt has {self.prompt_padded} tokens"
+                )
             if length == 0 and not any(present[row] for present in self.cameras_present.values()):
-                raise UserError(f"observation row {row} has neither a camera nor a prompt token: there is nothing to attend to")
+                raise UserError(
+                    f"observation row {row} has neither a camera nor a prompt token: there is nothing to attend to"
+                )
 
     @property
     def batch_size(self) -> int:
@@ -145,14 +154,16 @@ def observation_from_arrays(
 ) -> Observation:
     """Check host arrays, copy them to the device and scale the pictures there.
 
-    images: camera name -> uint8 [B, H, W, 3], H = W = the model's image size (`preprocess.resize_with_pad` makes them so).
+    images: camera name -> uint8 [B, H, W, 3] of the model's image size (see `preprocess.resize_with_pad`).
     All of `CAMERAS` must be there; an absent camera has any picture and a False in `image_masks`. A camera without an
     entry in `image_masks` is present. state: floating [B, action_dim]. tokens: integer [B, L]; token_mask: bool [B, L],
     True for real tokens, which stand first. Raises UserError that names what does not fit.
     """
     state = _array("state", state)
     if state.ndim != 2 or state.shape[1] != config.action_dim or not np.issubdtype(state.dtype, np.floating):
-        raise UserError(f"observation state is {state.dtype} {list(state.shape)}; wanted floating [batch, {config.action_dim}]")
+        raise UserError(
+            f"observation state is {state.dtype} {list(state.shape)}; wanted floating [batch, {config.action_dim}]"
+        )
     if not np.isfinite(state).all():
         row, dim = np.argwhere(~np.isfinite(state))[0]
         raise UserError(f"observation state[{row}, {dim}] is {state[row, dim]}; the state must be finite")
@@ -166,21 +177,28 @@ def observation_from_arrays(
     present: dict[str, np.ndarray] = {}
     for name in CAMERAS:
         if name not in images:
-            raise UserError(f"observation images lack {name!r}; an absent camera has a picture too, and False in image_masks")
+            raise UserError(
+                f"observation images lack {name!r}; an absent camera has a picture too, and False in image_masks"
+            )
         image = _array(f"images[{name}]", images[name])
         if image.dtype != np.uint8 or image.shape != (batch, size, size, 3):
-            raise UserError(f"observation images[{name}] is {image.dtype} {list(image.shape)}; wanted uint8 {[batch, size, size, 3]}")
+            found, wanted = f"{image.dtype} {list(image.shape)}", f"uint8 {[batch, size, size, 3]}"
+            raise UserError(f"observation images[{name}] is {found}; wanted {wanted}")
         mask = _array(f"image_masks[{name}]", image_masks.get(name, np.ones(batch, bool)))
         if mask.dtype != np.bool_ or mask.shape != (batch,):
-            raise UserError(f"observation image_masks[{name}] is {mask.dtype} {list(mask.shape)}; wanted bool [{batch}]")
+            raise UserError(
+                f"observation image_masks[{name}] is {mask.dtype} {list(mask.shape)}; wanted bool [{batch}]"
+            )
         present[name] = mask
 
     tokens, token_mask = _array("tokens", tokens), _array("token_mask", token_mask)
     if tokens.ndim != 2 or tokens.shape[0] != batch or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"observation tokens is {tokens.dtype} {list(tokens.shape)}; wanted integer [{batch}, length]")
     if token_mask.dtype != np.bool_ or token_mask.shape != tokens.shape:
-        raise UserError(f"observation token_mask is {token_mask.dtype} {list(token_mask.shape)}; wanted bool {list(tokens.shape)}")
-    if tokens.size and not (0 <= tokens.min() and tokens.max() < config.vocab_size):
+        raise UserError(
+            f"observation token_mask is {token_mask.dtype} {list(token_mask.shape)}; wanted bool {list(tokens.shape)}"
+        )
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < config.vocab_size):
         bad = tokens[(tokens < 0) | (tokens >= config.vocab_size)][0]
         raise UserError(f"observation token {bad} is outside of the vocabulary of {config.vocab_size} tokens")
     lengths = token_mask.sum(axis=1)

@@ -21,9 +21,9 @@ from pi0exp.model.config import ModelConfig
 from pi0exp.model.gemma import Gemma, LayerCache
 from pi0exp.model.layers import Linear, Rope
 from pi0exp.model.mask import prefix_mask, suffix_mask
+from pi0exp.model.observation import Observation
 from pi0exp.model.precision import Precision
 from pi0exp.model.siglip import Siglip
-from pi0exp.model.observation import Observation
 
 
 def timesteps(num_steps: int) -> list[float]:
@@ -91,7 +91,7 @@ class Pi0(nn.Module):
     def embed_prefix(
         self, images: list[Tensor], camera_masks: list[Tensor], prompt_BL: Tensor, prompt_mask_BL: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The prefix tokens [B, S, D] (pictures one by one, then the prompt) and which of them are real, bool [B, S]."""
+        """The prefix tokens [B, S, D] (picture by picture, then the prompt) and which of them are real, bool [B, S]."""
         tokens = [self.vision(image_BCHW) for image_BCHW in images]
         valid = [mask_B[:, None].expand(-1, self.config.vision.num_patches) for mask_B in camera_masks]
         # Gemma scales its embeddings; the pictures are not scaled. The table's rows are multiplied by the unrounded
@@ -104,7 +104,7 @@ class Pi0(nn.Module):
     def prefill(self, prefix_BSD: Tensor, valid_BS: Tensor, full: bool) -> list[LayerCache]:
         """Keys and values of every paligemma layer. `full`: the host knows that every prefix token is real."""
         rotation = self.rope(prefix_positions(valid_BS), prefix_BSD.dtype)
-        _, cache = self.paligemma(prefix_BSD, rotation, prefix_mask(valid_BS, full), None, None)
+        cache: list[LayerCache] = self.paligemma(prefix_BSD, rotation, prefix_mask(valid_BS, full), None, None)[1]
         return cache
 
     # ---- denoise

@@ -1,4 +1,4 @@
-"""The original's served policy: bfloat16 transformers, float32 norms and outer projections, rounded RoPE frequencies."""
+"""The original's served policy: bfloat16 transformers, float32 norms and projections, rounded RoPE frequencies."""
 
 from dataclasses import dataclass
 

@@ -25,7 +25,9 @@ class PrecisionOption(Option):
 
     def apply(self, policy: Policy) -> None:
         allow_tf32(self.tf32)
-        policy.note(f"activations {policy.model.precision.activations}, TF32 {'allowed' if self.tf32 else 'not allowed'}")
+        policy.note(
+            f"activations {policy.model.precision.activations}, TF32 {'allowed' if self.tf32 else 'not allowed'}"
+        )
 
 
 def allow_tf32(allowed: bool) -> None:

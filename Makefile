@@ -1,0 +1,53 @@
+# make demo and make test do everything on a fresh machine that has Python >= 3.11 and make.
+#
+#   make demo TORCH=torch==2.11.0        with another build of torch
+#   make demo PYTHON=/path/to/python     in an environment of yours: nothing is created or downloaded
+
+TORCH ?= torch==2.13.0
+BASE_PYTHON ?= python3
+VENV := .venv
+
+ifdef PYTHON
+# Used as it is; what is missing is listed and ends with exit code 2.
+RUN := $(PYTHON)
+READY := check-environment
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.installed
+endif
+
+.PHONY: help demo test test-slow lint types ui install check-environment
+.DEFAULT_GOAL := help
+
+help: ## Show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+$(VENV)/.installed: pyproject.toml
+	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "pi0exp needs Python >= 3.11; $(BASE_PYTHON) is $$($(BASE_PYTHON) --version). Set BASE_PYTHON."; exit 2; }
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+install: $(READY) ## Make .venv and install pi0exp with its development tools
+
+check-environment:
+	@$(RUN) experiments/check_environment.py
+
+demo: $(READY) ## Measure the policy on a recorded observation: Pi0 with a GPU, the tiny model without
+	@$(RUN) experiments/demo.py
+
+test: $(READY) ## The tests of every day, under 15 minutes on 2 cores
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: $(READY) ## Compilers, whole sweeps, installs
+	$(RUN) -m pytest -m slow
+
+lint: $(READY) ## Format, lint and types, as CI checks them
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+ui: $(READY) ## Compare runs in MLflow, http://127.0.0.1:5000
+	$(RUN) -m mlflow ui --workers 1 --backend-store-uri sqlite:///mlruns/mlflow.db
