@@ -48,7 +48,8 @@ class Requires:
         """Reasons why it cannot run on `machine`; none if it can."""
         reasons = []
         if self.vendors and machine.vendor not in self.vendors:
-            reasons.append(f"needs a GPU of {' or '.join(self.vendors)}; this machine has {machine.gpu}")
+            found = machine.gpu if machine.has_gpu else "no GPU that torch can use"
+            reasons.append(f"needs a GPU of {' or '.join(self.vendors)}; this machine has {found}")
         elif self.archs and machine.arch not in self.archs:
             reasons.append(
                 f"needs the architecture {' or '.join(self.archs)}; this machine has {machine.gpu} ({machine.arch})"

@@ -1,7 +1,7 @@
 """The parts that the transformers of Pi0 share, with the slots that optimizations fill.
 
-A slot is a function that an instance looks up on itself: `Linear.matmul`, `Attention.attend`,
-`RMSNorm.normalize`, `GatedMlp.activate`, `VisionMlp.activate`. `Policy.fill` sets it on the instances of a stage; nothing else is ever patched.
+A slot is a function that an instance looks up on itself: `Linear.matmul`, `Attention.attend`, `RMSNorm.normalize`,
+`GatedMlp.activate`. `Policy.fill` sets it on the instances of a stage; nothing else is ever patched.
 
 Shapes: B batch, T query tokens, S key tokens, N query heads, K key/value heads, G = N / K, H head dim, D width.
 """
