@@ -4,21 +4,18 @@ MLflow is imported when a store is opened, not before: it takes seconds, and a c
 """
 
 import json
-import logging
 import math
 import re
-import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from pi0exp.backend import import_mlflow, prepare, reach, told
 from pi0exp.errors import UserError
 from pi0exp.result import Outcome
-from pi0exp.sqlite import prepare
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -65,7 +62,7 @@ class Store:
 
         That it can be written is tried here, by writing: after a measurement would be too late.
         """
-        _import_mlflow()
+        import_mlflow()
         from mlflow import MlflowClient
         from sqlalchemy.engine import URL, make_url
         from sqlalchemy.exc import ArgumentError
@@ -81,9 +78,11 @@ class Store:
         artifacts = None
         if url.get_backend_name() == "file":
             raise UserError(f"{name}: MLflow no longer keeps runs in plain files: write sqlite:////folder/mlflow.db")
-        if url.get_backend_name() == "sqlite":
-            artifacts = prepare(url, folder if root or not uri else None)
-        with _told(name):
+        with told(name):
+            if url.get_backend_name() == "sqlite":
+                artifacts = prepare(url, folder if root or not uri else None)
+            elif url.get_backend_name() in ("http", "https"):
+                reach(url)
             target = url.render_as_string(hide_password=False) if artifacts else uri
             client = MlflowClient(tracking_uri=target, registry_uri=target)
             client.search_experiments(max_results=1)
@@ -107,7 +106,7 @@ class Store:
         from mlflow.entities import Param
 
         tags = {"key": key, "study": study, "outcome": "running", **tags}
-        with _told(self._name):
+        with told(self._name):
             experiment_id = self._experiment(study)
             run = self._client.create_run(experiment_id, tags=_cut(tags), run_name=name)
             for some in _chunks([Param(name, value) for name, value in params.items()], 100):
@@ -135,7 +134,7 @@ class Store:
         if unfit := [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]:
             tags["nonfinite"] = ", ".join(unfit)
         outcome = Outcome(record["outcome"])
-        with _told(self._name):
+        with told(self._name):
             self._client.log_text(run_id, json.dumps(record["experiment"], indent=2), "experiment.json")
             self._client.log_text(run_id, json.dumps(record), "result.json")
             if record["log"]:
@@ -211,7 +210,7 @@ class Store:
 
     def _search(self, study: str, where: str) -> Iterator["Run"]:
         token = None
-        with _told(self._name):
+        with told(self._name):
             if (experiment := self._client.get_experiment_by_name(study)) is None:
                 return
             while True:
@@ -225,7 +224,7 @@ class Store:
     def _stored(self, run: "Run") -> Stored | None:
         """None where the run has no record: it still runs, it was killed, or its files were deleted."""
         run_id = run.info.run_id
-        with _told(self._name), tempfile.TemporaryDirectory() as folder:
+        with told(self._name), tempfile.TemporaryDirectory() as folder:
             if "result.json" not in {file.path for file in self._client.list_artifacts(run_id)}:
                 return None
             text = Path(self._client.download_artifacts(run_id, "result.json", folder)).read_text()
@@ -233,31 +232,6 @@ class Store:
             return Stored(run_id, json.loads(text))
         except ValueError as error:
             raise UserError(f"{self._name}: result.json of run {run_id} is torn ({error}); delete that run") from error
-
-
-def _import_mlflow() -> None:
-    """Import MLflow without its messages, its progress bars and its reports to its makers."""
-    from mlflow import environment_variables, telemetry
-
-    # MLflow's settings are typed in part only.
-    settings: Any = environment_variables
-    settings.MLFLOW_DISABLE_TELEMETRY.set(True)
-    settings.MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
-    telemetry.set_telemetry_client()  # type: ignore[no-untyped-call]
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-
-
-@contextmanager
-def _told(name: str) -> Iterator[None]:
-    """Turn what MLflow, SQL or the file system raise into one line that names the store."""
-    from mlflow import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
-    try:
-        yield
-    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
-        raise UserError(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
 def _chunks(items: list[_T], size: int) -> Iterator[list[_T]]:

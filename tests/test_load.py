@@ -8,7 +8,7 @@ import pytest
 from pi0exp.errors import UserError
 from pi0exp.load import main, read_record, write_record
 from pi0exp.result import Outcome, Result, record
-from pi0exp.track import Store, Stored
+from pi0exp.track import Store
 
 KEY = "00112233445566aa"
 
@@ -78,7 +78,7 @@ def test_round_trip_and_once_only(tmp_path, root, capsys):
     store = Store.open(None, root)
     for one in (points[0], points[2], points[3]):
         stored = store.settled("trip", one["key"])
-        assert stored == Stored(stored.run_id, one)
+        assert json.dumps(stored.record) == json.dumps(one), "as text: NaN differs from itself"
     assert store.settled("trip", "f" * 16) is None
     assert len(store.runs("trip")) == 4
 
@@ -104,7 +104,7 @@ def broken(**changed: object) -> str:
 
 
 BROKEN = {
-    "torn": (broken()[:100], "Expecting"),
+    "torn": (broken()[:100], "line 1 column"),
     "empty": ("", "Expecting value"),
     "list": ("[]", "no JSON object with format 1"),
     "foreign": ('{"name": "something else"}', "no JSON object with format 1"),

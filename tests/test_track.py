@@ -3,11 +3,13 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from pi0exp import sqlite
+from pi0exp import backend
 from pi0exp.errors import UserError
 from pi0exp.result import Outcome, Result, record
 from pi0exp.track import Store, Stored, default_root
@@ -195,6 +197,8 @@ def test_import_is_light():
 
 OPEN = """
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from pi0exp.track import Store
 store = Store.open(None, Path(sys.argv[1]))
@@ -246,6 +250,7 @@ def refused(uri: str | None, root: Path | None, *parts: str) -> None:
     with pytest.raises(UserError) as caught:
         Store.open(uri, root)
     assert len(str(caught.value).splitlines()) == 1
+    assert "secret" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
 
@@ -272,13 +277,15 @@ def test_database_of_somebody_else(tmp_path):
         assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("experiments",)]
 
 
-def test_database_that_may_only_be_read(store, root):
-    quoted = str(root / "mlflow.db").replace("%", "%25").replace(" ", "%20")
-    refused(f"sqlite:///file:{quoted.replace('%', '%25')}?mode=ro&uri=true", None, "mlflow.db", "readonly")
+def test_database_that_may_only_be_read(store, root, tmp_path):
+    with sqlite3.connect(root / "mlflow.db") as source, sqlite3.connect(tmp_path / "x.db") as target:
+        source.backup(target)
+    refused(f"sqlite:///file:{tmp_path}/x.db?mode=ro&uri=true", None, f"{tmp_path}/x.db", "readonly")
+    assert Store.open(f"sqlite:///file:{tmp_path}/x.db?mode=rw&uri=true").runs("none") == []
 
 
 def test_database_that_others_hold(store, root, monkeypatch):
-    monkeypatch.setattr(sqlite, "BUSY_S", 0.1)
+    monkeypatch.setattr(backend, "BUSY_S", 0.1)
     with sqlite3.connect(root / "mlflow.db", isolation_level=None) as connection:
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -301,6 +308,26 @@ def test_database_that_others_hold(store, root, monkeypatch):
 )
 def test_uri_that_is_no_store(uri, part):
     refused(uri, None, part)
+
+
+def test_tracking_server_that_answers_with_an_error_is_left_to_mlflow():
+    """Reachable is whoever answers; what the answer means is for MLflow to say."""
+
+    class Refuse(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(403, "go away")
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refuse) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            refused(f"http://user:secret@127.0.0.1:{server.server_port}", None, "http://user:***@127.0.0.1", "403")
+        finally:
+            server.shutdown()
 
 
 def test_uri_of_a_sqlite_file(root, store, tmp_path, study):

@@ -59,7 +59,7 @@ class Attention(nn.Module):
 def plain_normalize(x_BTD: Tensor, scale_D: Tensor, shift_D: Tensor | None, eps: float) -> Tensor:
     """x / rms(x) * (1 + scale) + shift in float32, rounded once. `scale` and `shift` broadcast over tokens."""
     x32_BTD = x_BTD.to(at_least_float32(x_BTD.dtype))
-    y_BTD = x32_BTD * torch.rsqrt(x32_BTD.square().mean(dim=-1, keepdim=True) + eps) * (1.0 + scale_D)
+    y_BTD = F.rms_norm(x32_BTD, x_BTD.shape[-1:], eps=eps) * (1.0 + scale_D)
     return (y_BTD if shift_D is None else y_BTD + shift_D).to(x_BTD.dtype)
 
 
@@ -137,12 +137,13 @@ class Rope(nn.Module):
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine, each [B, T, 1, H/2] of `dtype`, to broadcast over heads."""
+        """Cosine and sine, each [B, T, 1, H] of `dtype` (both halves alike), to broadcast over heads."""
         angle_BT1F = positions_BT[:, :, None, None].float() * self.inv_freq
-        return angle_BT1F.cos().to(dtype), angle_BT1F.sin().to(dtype)
+        angle_BT1H = torch.cat([angle_BT1F, angle_BT1F], dim=-1)
+        return angle_BT1H.cos().to(dtype), angle_BT1H.sin().to(dtype)
 
 
-def rotate(x_BTNH: Tensor, cos_BT1F: Tensor, sin_BT1F: Tensor) -> Tensor:
-    """Turn the pairs (d, d + H/2); products and sums in the activations' dtype, as in the original."""
+def rotate(x_BTNH: Tensor, cos_BT1H: Tensor, sin_BT1H: Tensor) -> Tensor:
+    """Turn the pairs (d, d + H/2); products and sum in the activations' dtype, as in the original."""
     low, high = x_BTNH.chunk(2, dim=-1)
-    return torch.cat([low * cos_BT1F - high * sin_BT1F, high * cos_BT1F + low * sin_BT1F], dim=-1)
+    return x_BTNH * cos_BT1H + torch.cat([-high, low], dim=-1) * sin_BT1H

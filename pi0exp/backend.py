@@ -1,14 +1,22 @@
-"""The SQLite file under a store: created once, whole, and known to be writable before anything is measured."""
+"""What stands under a store: MLflow itself, and its SQLite file or server.
+
+The file is created once and whole. That it can be written, or a server be reached, is known before any measurement.
+"""
 
 import fcntl
+import logging
 import os
 import sqlite3
+import ssl
 import tempfile
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pi0exp.errors import UserError
 
@@ -19,8 +27,46 @@ BUSY_S = 20.0
 """How long another process may hold the file; MLflow's own connections wait as long."""
 CREATE_S = 120.0
 """How long another process may take to create it; two seconds are usual."""
+REACH_S = 10.0
+"""How long a tracking server may take for its first answer."""
 ROOM_BYTES = 1 << 20
 """Room that must be left on the disk: a new store takes that much, a point a tenth of it."""
+
+
+def import_mlflow() -> None:
+    """Import MLflow without its messages, its progress bars and its reports to its makers."""
+    from mlflow import environment_variables, telemetry
+
+    # MLflow's settings are typed in part only.
+    settings: Any = environment_variables
+    settings.MLFLOW_DISABLE_TELEMETRY.set(True)
+    settings.MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
+    telemetry.set_telemetry_client()  # type: ignore[no-untyped-call]
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def reach(url: "URL") -> None:
+    """Raise OSError where no server answers; MLflow would first repeat its request for four minutes."""
+    unverified = ssl.create_default_context()  # whom to trust is for MLflow to decide
+    unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+    address = url._replace(username=None, password=None).render_as_string()
+    try:
+        urllib.request.urlopen(address, timeout=REACH_S, context=unverified).close()
+    except urllib.error.HTTPError as error:
+        error.close()  # an answer, even if not for this address
+
+
+@contextmanager
+def told(name: str) -> Iterator[None]:
+    """Turn what MLflow, SQL or the file system raise into one line that names the store."""
+    from mlflow import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
+        raise UserError(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
 
 
 def prepare(url: "URL", root: Path | None) -> Path:
@@ -28,25 +74,24 @@ def prepare(url: "URL", root: Path | None) -> Path:
 
     root: where the files of runs go; None for the folder of the database.
     """
-    name = url.render_as_string()
-    database = (url.database or "").removeprefix("file:")
+    database = url.database or ""
+    if url.query.get("uri"):  # SQLite's own form, with an encoding of its own
+        database = urllib.parse.unquote(database.removeprefix("file:"))
     if database in ("", ":memory:") or url.query.get("mode") == "memory":
-        raise UserError(f"{name}: a store in memory is lost at the end; name a file")
+        raise UserError(f"{url.render_as_string()}: a store in memory is lost at the end; name a file")
     path = Path(database).absolute()
     root = root or path.parent
-    try:
-        for folder in {root, path.parent}:
+    for folder in {root, path.parent}:
+        try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write_probe(folder)
-        # MLflow crashes where several processes create the tables of one file at once.
-        with _locked(path.parent / ".lock"):
-            if not path.exists():
-                _create(path, root)
-        _check(url)
-    except FileExistsError as error:
-        raise UserError(f"{name}: {error.filename} is a file where a folder must be") from error
-    except (OSError, sqlite3.Error) as error:
-        raise UserError(f"{name}: {error}") from error
+        except FileExistsError as error:
+            raise UserError(f"{url.render_as_string()}: {folder} is a file where a folder must be") from error
+        _write_probe(folder)
+    # MLflow crashes where several processes create the tables of one file at once.
+    with _locked(path.parent / ".lock"):
+        if not path.exists():
+            _create(path, root)
+    _check(url)
     return root
 
 
