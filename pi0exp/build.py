@@ -33,4 +33,4 @@ def numerics(stack: Stack) -> Numerics:
 
 def proofs(stack: Stack) -> list[tuple[str, str]]:
     """What a GPU profile must show of every option that can be shown."""
-    return [(group, option.proof) for group, option in stack.parts() if option.proof]
+    return [(group, pattern) for group, option in stack.parts() if (pattern := option.proof())]

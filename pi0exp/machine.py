@@ -143,6 +143,12 @@ def _git(root: Path, *words: str) -> str:
     return subprocess.run(["git", "-C", str(root), *words], check=True, capture_output=True, text=True).stdout.strip()
 
 
+def quiet_mlflow() -> None:
+    """Before mlflow is imported: no telemetry, no installation id in the home folder, no hints among our output."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_DISABLE_AGENT_HINT", "1")
+
+
 def tracking_uri() -> str | None:
     """MLflow's own variable, for whoever has a server."""
     return os.environ.get("MLFLOW_TRACKING_URI") or None

@@ -79,16 +79,21 @@ def _unmet_package(requirement: str) -> str | None:
 class Option:
     """One choice of one group. Subclasses set the class variables and override `apply`.
 
-    requires: what it needs of the machine. numerics: what it does to the numbers. proof: a regular expression that some
-    GPU kernel or runtime call of the profile must match if the option really ran; empty where nothing can show it.
+    requires: what it needs of the machine. numerics: what it does to the numbers.
     """
 
     requires: ClassVar[Requires] = Requires()
     numerics: ClassVar[Numerics] = Numerics.EXACT
-    proof: ClassVar[str] = ""
 
     def apply(self, policy: Policy) -> None:
         """Change `policy` through its `fill`, `wrap_...` and `prepare_with`; the plain option does nothing."""
+
+    def proof(self) -> str:
+        """A regular expression that some GPU kernel or runtime call of a profile must match if this really ran.
+
+        Empty where nothing can show it.
+        """
+        return ""
 
     def clashes(self, stack: Stack) -> list[str]:
         """Why it cannot stand in `stack` beside what else is there; none if it can."""

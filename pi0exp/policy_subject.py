@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from pi0exp import build, config, roofline, verify
 from pi0exp.machine import Machine
 from pi0exp.model.checkpoint import Checkpoint, find_checkpoint
 from pi0exp.model.config import ModelConfig
+from pi0exp.model.names import parameter_shapes
 from pi0exp.model.observation import Observation
 from pi0exp.model.precision import Precision
 from pi0exp.model.weights import Source, checkpoint_source, random_source
@@ -107,6 +109,14 @@ class PolicySubject:
     def on_device(self, items: Sequence[HostInput], device: torch.device) -> list[DeviceInput]:
         return [(item.observation(self.dimensions, device), torch.from_numpy(item.noise).to(device)) for item in items]
 
+    def policy(self, device: torch.device) -> Policy:
+        """The policy with the whole stack applied, as it is measured."""
+        allow_tf32(self.precision.tf32)
+        policy = self.plain_policy(self.precision.model, device)
+        for _ in build.apply_stack(policy, self.stack):
+            pass
+        return policy
+
     def build(self, device: torch.device, inputs: int, progress: Progress) -> PolicyInstance:
         checks = self.on_device(verification_inputs(self.workload, self.dimensions, self.normalization), device)
         progress("verify: truth")
@@ -143,8 +153,7 @@ class PolicySubject:
     def truth(self, checks: Sequence[DeviceInput], device: torch.device) -> list[Tensor]:
         """The actions that all others are judged by; the model that computes them is gone afterwards."""
         precision = self.precision.truth
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in build_model_shapes(self.dimensions, precision))
+        parameters = sum(math.prod(shape) for shape in parameter_shapes(self.dimensions).values())
         if precision.activations is torch.float64 and parameters > _FLOAT64_LIMIT:
             precision = self.precision.model
         allow_tf32(False)
@@ -155,13 +164,6 @@ class PolicySubject:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         return actions
-
-
-def build_model_shapes(dimensions: ModelConfig, precision: Precision) -> list[Tensor]:
-    """The parameters of an empty model, for counting."""
-    from pi0exp.model.pi0 import Pi0
-
-    return list(Pi0(dimensions, precision).parameters())
 
 
 def run(policy: Policy, inputs: Sequence[DeviceInput]) -> list[Tensor]:

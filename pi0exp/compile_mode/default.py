@@ -22,14 +22,15 @@ class Default(Option):
     """
 
     numerics = Numerics.REORDERED
-    proof = r"^triton_"
-
     fullgraph: bool = True
     max_structures: int = 16
 
     def __post_init__(self) -> None:
         if self.max_structures < 1:
             raise ValueError(f"max_structures is {self.max_structures}; it must be 1 or more")
+
+    def proof(self) -> str:
+        return r"^triton_"
 
     def apply(self, policy: Policy) -> None:
         # Dynamo falls back to eager in silence beyond its limit; this makes it an error instead.

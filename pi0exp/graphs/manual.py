@@ -25,8 +25,6 @@ class Manual(Option):
     """
 
     requires = ANY_GPU
-    proof = r"(cuda|hip)GraphLaunch"
-
     warmup: int = 3
     max_graphs: int = 8
 
@@ -35,6 +33,9 @@ class Manual(Option):
             raise ValueError(f"warmup is {self.warmup}; it must be 1 or more")
         if self.max_graphs < 1:
             raise ValueError(f"max_graphs is {self.max_graphs}; it must be 1 or more")
+
+    def proof(self) -> str:
+        return r"(cuda|hip)GraphLaunch"
 
     def apply(self, policy: Policy) -> None:
         def capture(call: DeviceCall) -> DeviceCall:
