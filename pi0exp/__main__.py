@@ -5,6 +5,7 @@ point is measured, so that `--help` answers at once.
 """
 
 import sys
+import traceback
 from typing import Any
 
 import hydra
@@ -13,37 +14,58 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from pi0exp import compose, machine, outcomes
+from pi0exp import compose, interrupts, machine, outcomes
 from pi0exp.errors import UserError
 from pi0exp.result import CONFIG_ERROR, Outcome
 
 
 @hydra.main(version_base="1.3", config_path=str(compose.CONF), config_name="config")
 def job(cfg: DictConfig) -> dict[str, Any]:
-    """One point. What a user can mend is told in one line, so that a sweep goes on to its next point."""
-    from pi0exp.point import measure_point
-
+    """One point. Whatever is wrong with it is told here, so that a sweep goes on to its next point."""
+    node = HydraConfig.get()
     try:
-        return measure_point(compose.plain(cfg, compose.choices(HydraConfig.get())))
+        compose.check_study(node)
     except UserError as error:
-        print(f"pi0exp: {error}", file=sys.stderr)
-        return {"exit_code": CONFIG_ERROR}
+        sys.exit(refused(error))  # all points alike
+    chosen = compose.choices(node)
+    given = chosen | compose.overridden(node)
+    try:
+        plain = compose.plain(cfg, chosen)
+        from pi0exp.point import measure_point
+
+        made = measure_point(plain)
+    except UserError as error:
+        made = {"outcome": "refused", "reasons": [str(error)], "exit_code": refused(error)}
+    except Exception as error:
+        traceback.print_exc()
+        reasons = [f"{type(error).__name__}: {error}"]
+        made = {"outcome": Outcome.ERROR.value, "reasons": reasons, "exit_code": Outcome.ERROR.exit_code}
+    return {"metrics": {}, **made, "params": given | made.get("params", {})}
+
+
+def refused(error: Exception) -> int:
+    """Tell on one line what a user can mend; the exit code."""
+    text = str(error) if isinstance(error, UserError) else compose.one_line(error)
+    print(f"pi0exp: {' '.join(text.split())}", file=sys.stderr)
+    return CONFIG_ERROR
 
 
 def main() -> None:
     full_errors = machine.wants_full_errors()
     machine.let_hydra_raise()
+    interrupts.install()
     compose.register()
+    # Hydra takes overrides from one side of its flags only: `study=ladder -m model=tiny` would be refused.
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     try:
         job()
         code = outcomes.exit_code()
     except (HydraException, OmegaConfBaseException) as error:
         if full_errors:
             raise
-        print(f"pi0exp: {compose.one_line(error)}", file=sys.stderr)
-        code = CONFIG_ERROR
-    except KeyboardInterrupt:
-        print("pi0exp: interrupted", file=sys.stderr)
+        code = refused(error)
+    except KeyboardInterrupt as error:
+        print(f"pi0exp: interrupted by {error or 'Ctrl-C'}", file=sys.stderr)
         code = Outcome.INTERRUPTED.exit_code
     sys.exit(code)
 

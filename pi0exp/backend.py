@@ -16,9 +16,10 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pi0exp.errors import UserError
+from pi0exp.machine import quiet_mlflow
 
 if TYPE_CHECKING:
     from sqlalchemy.engine import URL
@@ -35,13 +36,9 @@ ROOM_BYTES = 1 << 20
 
 def import_mlflow() -> None:
     """Import MLflow without its messages, its progress bars and its reports to its makers."""
-    from mlflow import environment_variables, telemetry
+    quiet_mlflow()
+    import mlflow  # noqa: F401
 
-    # MLflow's settings are typed in part only.
-    settings: Any = environment_variables
-    settings.MLFLOW_DISABLE_TELEMETRY.set(True)
-    settings.MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
-    telemetry.set_telemetry_client()  # type: ignore[no-untyped-call]
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -12,12 +12,15 @@ if TYPE_CHECKING:
 
 
 def apply_stack(policy: Policy, stack: Stack) -> Iterator[tuple[str, Option]]:
-    """Apply the options one after the other; yields (group, option) after each that changed the policy."""
+    """Apply the options one after the other; yields (group, option) after each that changed the policy.
+
+    Where an option differs between stages, the one that promises least speaks for all of them.
+    """
     for group, option in stack.options():
         policy.begin(group)
         option.apply(policy)
         if group in policy.applied:
-            yield group, option
+            yield group, max((part for _, part in option.parts()), key=lambda part: part.numerics.rank)
 
 
 def unmet(stack: Stack, machine: "Machine") -> list[str]:

@@ -20,12 +20,11 @@ def card(record: dict[str, Any], run_id: str, settled: bool) -> str:
     """The record of a point as a few lines of text."""
     params, metrics, facts, machine = record["params"], record["metrics"], record["facts"], record["fingerprint"]
     outcome = record["outcome"]
-    rows = [
-        ("stack", " ".join(f"{name}={value}" for name, value in params.items() if name.split(".")[0] in GROUPS)),
-        ("model", f"{params['model']}, {facts.get('weights', params.get('model.checkpoint', 'random'))} weights"),
-        ("workload", _workload(params, facts)),
-        ("machine", f"{machine['gpu']}, torch {machine['versions'].get('torch', '?')}" + _cpu(machine)),
-    ]
+    stack = {name: value for name, value in params.items() if name.split(".")[0] in (*GROUPS, "stack")}
+    rows = [("stack", " ".join(f"{name}={value}" for name, value in stack.items()))]
+    rows += _sections({name: value for name, value in params.items() if name not in stack})
+    rows += [("facts", ", ".join(f"{name} {value}" for name, value in facts.items()))] if facts else []
+    rows += [("machine", _machine(machine))]
     if outcome == "ok":
         rows += [("latency", _latency(metrics)), ("host to host", f"p50 {metrics['latency_host_ms/p50']:.2f} ms")]
         if "roofline/share" in metrics:
@@ -39,19 +38,18 @@ def card(record: dict[str, Any], run_id: str, settled: bool) -> str:
     return "\n".join(f"{name:>13}  {text}" for name, text in rows)
 
 
-def _workload(params: dict[str, str], facts: dict[str, str]) -> str:
-    words = [
-        params["workload"],
-        f"batch {params['workload.batch_size']}",
-        f"cameras {params['workload.cameras_present']}",
-    ]
-    words += [f"prompt {params['workload.prompt_tokens']}/{params['workload.prompt_padded']}"]
-    words += [f"horizon {params['workload.horizon']}", f"{params['workload.num_steps']} steps"]
-    return ", ".join(words + [f"{name}={facts[name]}" for name in ("tokens", "normalization") if name in facts])
+def _sections(params: dict[str, str]) -> list[tuple[str, str]]:
+    """One row a section: the option's name, then its settings."""
+    rows: dict[str, list[str]] = {}
+    for name, value in params.items():
+        section, _, setting = name.partition(".")
+        rows.setdefault(section, []).append(f"{setting} {value}".strip())
+    return [(section, ", ".join(words)) for section, words in rows.items()]
 
 
-def _cpu(machine: dict[str, Any]) -> str:
-    return "" if machine["vendor"] != "cpu" else f", {machine['cores']} cores of {machine['cpu']}"
+def _machine(machine: dict[str, Any]) -> str:
+    text = f"{machine['gpu']}, torch {machine['versions'].get('torch', '?')}"
+    return text if machine["vendor"] != "cpu" else f"{text}, {machine['cores']} cores of {machine['cpu']}"
 
 
 def _latency(metrics: dict[str, float]) -> str:
@@ -69,12 +67,12 @@ def _error(record: dict[str, Any]) -> str:
 def table(rows: list[dict[str, Any]]) -> Table:
     """The closing table of a sweep: one row a point, the columns that differ between the points."""
     names = list(dict.fromkeys(name for row in rows for name in row["params"]))
-    varying = [name for name in names if len({row["params"].get(name) for row in rows}) > 1] or ["stack"]
+    varying = [name for name in names if len({row["params"][name] for row in rows if name in row["params"]}) > 1]
     made = Table(box=None, pad_edge=False)
     for name in ("#", *varying):
-        made.add_column(name)
+        made.add_column(name, overflow="fold")
     for name in ("p50 ms", "Hz", "error"):
-        made.add_column(name, justify="right")
+        made.add_column(name, justify="right", no_wrap=True)
     made.add_column("outcome", overflow="fold")
     for i, row in enumerate(rows):
         metrics = row["metrics"]

@@ -8,7 +8,7 @@ from hydra import compose
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,6 +17,8 @@ from pi0exp.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf"
+OWN = ("name", "resume", "subject", "track")
+"""Keys of `conf/config.yaml` itself; every other one comes from a group."""
 STAGED = ("attention", "gemm")
 """Groups whose option may differ between stages."""
 _STAGES = ("vision", "prefill", "denoise")
@@ -41,6 +43,8 @@ def register() -> None:
 def one_line(error: Exception) -> str:
     """An error of Hydra or OmegaConf on one line, options listed with commas."""
     texts = [str(error)]
+    if isinstance(error, OverrideParseException):
+        texts.insert(0, f"{error.override!r} is not of the form key=value:")
     if error.__cause__ is not None and str(error.__cause__) not in texts[0]:
         texts.append(str(error.__cause__))
     lines = [line.strip() for text in texts for line in text.splitlines()]
@@ -51,6 +55,8 @@ def one_line(error: Exception) -> str:
         "See https://",
         "Set the environment variable",
         "Config search path:",
+        "provider=",
+        "To append to your config use",
     )
     kept = [line for line in lines if line and not line.startswith(noise)]
     text = ""
@@ -62,9 +68,58 @@ def one_line(error: Exception) -> str:
 
 
 def choices(hydra_node: Any) -> dict[str, str]:
-    """Group -> chosen option, of this project's groups, from the composed node `hydra`."""
+    """Group -> chosen option, of this project's groups in their order, from the composed node `hydra`."""
     chosen = hydra_node.runtime.choices
-    return {str(group): str(name) for group, name in chosen.items() if "/" not in group and name is not None}
+    names = {str(group): str(name) for group, name in chosen.items() if "/" not in group and name is not None}
+    ordered = [*(group for group in defaults() if group in names), *names]
+    return {group: names[group] for group in ordered}
+
+
+def defaults() -> dict[str, str]:
+    """Group -> the option that `conf/config.yaml` chooses."""
+    entries = [entry for entry in _defaults_list(CONF / "config.yaml") if isinstance(entry, dict)]
+    pairs = [(str(group), name) for entry in entries for group, name in entry.items()]
+    return {group: str(name) for group, name in pairs if "/" not in group and name is not None}
+
+
+def _defaults_list(path: Path) -> list[Any]:
+    node = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(node, dict)
+    return list(node.get("defaults", []))
+
+
+def overridden(hydra_node: Any) -> dict[str, str]:
+    """What the command line and the sweep set, key -> value, of the composed node `hydra`."""
+    pairs = (str(override).partition("=") for override in hydra_node.overrides.task)
+    return {key.lstrip("+~"): value for key, _, value in pairs}
+
+
+def check_study(hydra_node: Any) -> None:
+    """Raises UserError where the command line sets what the stacks of a study are there to vary.
+
+    It would win over every one of them, and rungs that bear different names would be the same.
+    """
+    stacks = str((hydra_node.sweeper.get("params") or {}).get("stack", ""))
+    if "study" not in choices(hydra_node) or not stacks:
+        return
+    given = overridden(hydra_node)
+    for group in sorted({group for stack in stacks.split(",") for group in _stack_groups(stack.strip())}):
+        if group in given:
+            raise UserError(
+                f"{group}={given[group]} would hold for every stack of study={given.get('study')}, "
+                f"which varies {group} itself; leave one of the two out"
+            )
+
+
+def _stack_groups(stack: str) -> set[str]:
+    """The groups that a named stack sets, itself or through the stack it builds on."""
+    groups: set[str] = set()
+    for entry in _defaults_list(CONF / "stack" / f"{stack}.yaml"):
+        if isinstance(entry, str):
+            groups |= _stack_groups(entry) if entry != "_self_" else set()
+        else:
+            groups |= {str(key).removeprefix("override ").lstrip("/") for key in entry}
+    return groups
 
 
 def plain(cfg: DictConfig, chosen: dict[str, str]) -> dict[str, Any]:
@@ -75,9 +130,11 @@ def plain(cfg: DictConfig, chosen: dict[str, str]) -> dict[str, Any]:
         raise UserError(one_line(error)) from error
     assert isinstance(composed, dict)
     result: dict[str, Any] = {str(key): value for key, value in composed.items() if key != "hydra"}
+    if unknown := [key for key in result if key not in (*OWN, *chosen)]:
+        raise UserError(f"{unknown[0]}: no such setting; there are {', '.join([*OWN, *sorted(chosen)])}")
     result["names"] = dict(chosen)
     for group in STAGED:
-        for stage in _STAGES:
+        for stage in _STAGES if isinstance(result.get(group), dict) else ():
             if (node := result[group].get(stage)) is not None:
                 name, inner = stage_option(group, stage, node)
                 result[group][stage], result["names"][f"{group}.{stage}"] = inner, name

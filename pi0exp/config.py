@@ -1,6 +1,6 @@
 """The composed configuration as plain frozen types. Nothing past this file sees OmegaConf or YAML."""
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from importlib import import_module
 from typing import Any, TypeVar
@@ -56,6 +56,24 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True)
+class TrackConfig:
+    """Where results go; see `conf/config.yaml`."""
+
+    uri: str | None = None
+    root: str | None = None
+    results: str | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What `conf/config.yaml` says of a run beside what is measured."""
+
+    name: str = "adhoc"
+    resume: bool = True
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+
+@dataclass(frozen=True)
 class Weights:
     """Where the weights come from: `random` ones drawn from `seed`, or a checkpoint, which then wins."""
 
@@ -100,7 +118,7 @@ def typed(cls: type[T], values: dict[str, Any], where: str) -> T:
         result: T = OmegaConf.to_object(OmegaConf.merge(_schema(cls), values))  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         key = ".".join(filter(None, [where, str(error.full_key or "")]))
-        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{key or 'conf/config.yaml'}: {str(error).splitlines()[0]}") from error
     except ValueError as error:
         text = str(error)
         raise UserError(text if text.startswith(f"{where}.") else f"{where}.{text}") from error
@@ -144,21 +162,32 @@ def _option_class(group: str, target: str) -> type[Option]:
 
 
 def stack(plain: dict[str, Any]) -> Stack:
-    return Stack(**{group: option(group, plain[group]) for group in GROUPS})
+    return Stack(**{group: option(group, plain.get(group)) for group in GROUPS})
 
 
 def model(plain: dict[str, Any]) -> tuple[ModelConfig, Weights]:
     """The two halves of `conf/model/`: dimensions, and where the weights come from."""
-    node, origin = dict(plain["model"]), {}
-    for name in (field.name for field in fields(Weights)):
+    node, origin = dict(section(plain, "model")), {}
+    for name in (one.name for one in fields(Weights)):
         if name in node:
             origin[name] = node.pop(name)
     return typed(ModelConfig, node, "model"), typed(Weights, origin, "model")
 
 
 def workload(plain: dict[str, Any]) -> Workload:
-    return typed(Workload, plain["workload"], "workload")
+    return typed(Workload, section(plain, "workload"), "workload")
 
 
 def measure(plain: dict[str, Any]) -> MeasureConfig:
-    return typed(MeasureConfig, plain["measure"], "measure")
+    return typed(MeasureConfig, section(plain, "measure"), "measure")
+
+
+def run(plain: dict[str, Any]) -> RunConfig:
+    return typed(RunConfig, {one.name: plain[one.name] for one in fields(RunConfig) if one.name in plain}, "")
+
+
+def section(plain: dict[str, Any], name: str) -> dict[str, Any]:
+    """A part of the configuration that must be there. Raises UserError."""
+    if not isinstance(found := plain.get(name), dict):
+        raise UserError(f"{name} is {found!r}; it must hold settings")
+    return found

@@ -29,10 +29,14 @@ _TEXTS = ("key", "study", "outcome", "numerics", "log")
 _OBJECTS = ("experiment", "params", "metrics", "samples", "fingerprint", "facts", "applied")
 
 
+def gpu_slug(gpu: str) -> str:
+    """The name of a GPU as a folder: "NVIDIA H200" -> "nvidia-h200"."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
 def write_record(record: Record, directory: Path) -> Path:
     """Write `<directory>/<study>/<gpu>/<key>.json`, or `.json.gz` if it is large. The file is there whole or not."""
-    gpu = re.sub(r"[^a-z0-9]+", "-", str(record["fingerprint"].get("gpu") or "cpu").lower()).strip("-")
-    folder = directory / record["study"] / gpu
+    folder = directory / record["study"] / gpu_slug(str(record["fingerprint"].get("gpu") or "cpu"))
     # One line a field: short enough to read, and a change shows which field it is in.
     fields = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in record.items())
     content = f"{{\n{fields}\n}}\n".encode()
@@ -57,6 +61,15 @@ def write_record(record: Record, directory: Path) -> Path:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     return path
+
+
+def try_folder(directory: Path) -> None:
+    """Raises UserError where `write_record` could not write; after a measurement would be too late."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise UserError(f"{directory}: {error.strerror or error}") from error
 
 
 def read_record(path: Path) -> Record:

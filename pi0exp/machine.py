@@ -80,6 +80,8 @@ def _nvidia() -> dict[str, Any]:
             "memory_mb": pynvml.nvmlDeviceGetMemoryInfo(handle).total // 2**20,
             "driver": pynvml.nvmlSystemGetDriverVersion(),
         }
+    except pynvml.NVMLError:
+        return {}  # CUDA_VISIBLE_DEVICES names a GPU that is not there; CUDA sees none then
     finally:
         pynvml.nvmlShutdown()
 
@@ -144,9 +146,10 @@ def _git(root: Path, *words: str) -> str:
 
 
 def quiet_mlflow() -> None:
-    """Before mlflow is imported: no telemetry, no installation id in the home folder, no hints among our output."""
+    """Before mlflow is imported: no telemetry, no installation id in the home folder, nothing among our output."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_DISABLE_AGENT_HINT", "1")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
 def tracking_uri() -> str | None:

@@ -7,6 +7,7 @@ parent writes it (artifact `experiment.json` of every run); RESULT.json receives
 import json
 import os
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,14 +37,10 @@ def target_machine(wanted: config.Device) -> tuple[Machine, list[str]]:
 
 
 def fingerprint(machine: Machine) -> dict[str, Any]:
+    """What a reader of the numbers may ask about the machine, the code and the day."""
     head, dirty = commit()
-    return {
-        **machine.identity(),
-        "cpu": machine.cpu,
-        "cores": machine.cores,
-        "commit": head,
-        "dirty": str(dirty).lower(),
-    }
+    code = {"commit": head, "dirty": str(dirty).lower(), "date": datetime.now(UTC).date().isoformat()}
+    return {**machine.identity(), "cpu": machine.cpu, "cores": machine.cores, **code}
 
 
 def measure(plain: dict[str, Any]) -> Result:
@@ -60,6 +57,10 @@ def measure(plain: dict[str, Any]) -> Result:
     prints, numerics = fingerprint(machine), thing.numerics.name
     if reasons := reasons + thing.unmet(machine):
         return Result(Outcome.UNSUPPORTED, reasons, numerics=numerics, fingerprint=prints)
+    if machine.has_gpu and not torch.cuda.is_available():
+        reason = f"there is a {machine.gpu}, but torch {torch.__version__} cannot use it (driver {machine.driver})"
+        return Result(Outcome.UNSUPPORTED, [reason], numerics=numerics, fingerprint=prints)
+    prints |= {"cuda": torch.version.cuda or "", "hip": torch.version.hip or ""}
     device = torch.device("cuda", 0) if machine.has_gpu else torch.device("cpu")
     metrics: dict[str, float] = {}
 
@@ -129,7 +130,7 @@ def measure(plain: dict[str, Any]) -> Result:
 
 
 def guarded(plain: dict[str, Any]) -> Result:
-    """`measure`, where running out of memory and errors are results too."""
+    """`measure`, where running out of memory and errors are results too (the parent adds machine and numerics)."""
     import traceback
 
     import torch
@@ -137,15 +138,16 @@ def guarded(plain: dict[str, Any]) -> Result:
     try:
         return measure(plain)
     except torch.OutOfMemoryError as error:
-        return Result(Outcome.OOM, [str(error).splitlines()[0]], fingerprint=fingerprint(this_machine()))
+        reason = (str(error).splitlines() or ["the device ran out of memory"])[0]
+        return Result(Outcome.OOM, [reason])
     except MemoryError:
-        return Result(Outcome.OOM, ["the host ran out of memory"], fingerprint=fingerprint(this_machine()))
+        return Result(Outcome.OOM, ["the host ran out of memory"])
     except UserError:
         raise
     except Exception as error:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-        return Result(Outcome.ERROR, [reason], fingerprint=fingerprint(this_machine()))
+        return Result(Outcome.ERROR, [reason])
 
 
 def main(arguments: list[str]) -> int:
@@ -155,13 +157,15 @@ def main(arguments: list[str]) -> int:
     source, target = map(Path, arguments)
     try:
         plain = json.loads(source.read_text())
+        if not isinstance(plain, dict):
+            raise UserError(f"{source}: no composed configuration, which is a JSON object")
         result = guarded(plain)
-    except (OSError, json.JSONDecodeError, UserError) as error:
-        print(f"pi0exp.measure: {error}", file=sys.stderr)
+        part = target.with_suffix(".part")
+        part.write_text(json.dumps(result.to_dict()))
+        os.replace(part, target)  # whole or not at all
+    except (OSError, ValueError) as error:  # among them what JSON cannot read, and UserError
+        print(f"pi0exp.measure: {' '.join(str(error).split())}", file=sys.stderr)
         return config_error_code()
-    part = target.with_suffix(".part")
-    part.write_text(json.dumps(result.to_dict()))
-    os.replace(part, target)  # whole or not at all
     return result.outcome.exit_code
 
 

@@ -3,22 +3,24 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pi0exp import config, subject
+from pi0exp import compose, config, interrupts, subject
 from pi0exp.card import card, console
 from pi0exp.isolate import measure_isolated
 from pi0exp.key import point_key
-from pi0exp.load import write_record
+from pi0exp.load import try_folder, write_record
 from pi0exp.machine import Machine, tracking_uri
 from pi0exp.measure import fingerprint, target_machine
 from pi0exp.result import Outcome, Result, record
 from pi0exp.track import Store
 
-WORKLOAD_PARAMS = ("batch_size", "cameras_present", "prompt_tokens", "prompt_padded", "horizon", "num_steps", "seed")
-SUBJECT_SECTIONS = ("subject", "model", "workload", "measure", *config.GROUPS)
-"""What makes a point: two configurations that agree here are one point."""
+LABELS = ("stack", "study")
+"""Names that stand for other choices, which are there themselves."""
+FRAME = ("name", "resume", "track")
+"""What does not make a point: two configurations that agree in everything else are one point."""
 
 
 def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
@@ -27,71 +29,76 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
     Raises UserError for what cannot be read or written, and KeyboardInterrupt once the run is marked as interrupted.
     """
     thing = subject.subject(plain)
-    settings = config.measure(plain)
+    run, settings = config.run(plain), config.measure(plain)
     machine, lacking = target_machine(settings.device)
     thing.preflight()
 
-    track = plain["track"]
-    store = Store.open(track["uri"] or tracking_uri(), None if track["root"] is None else Path(track["root"]))
-    experiment = {name: plain[name] for name in SUBJECT_SECTIONS if name in plain} | {"names": plain["names"]}
-    key, study, params = point_key(experiment, machine.identity()), str(plain["name"]), run_params(plain)
-    if plain["resume"] and (settled := store.settled(study, key)) is not None:
+    store = Store.open(run.track.uri or tracking_uri(), None if run.track.root is None else Path(run.track.root))
+    results = None if run.track.results is None else Path(run.track.results)
+    if results is not None:
+        try_folder(results)
+    experiment = {name: part for name, part in plain.items() if name not in FRAME}
+    experiment["names"] = {group: name for group, name in plain["names"].items() if group not in LABELS}
+    key, name, params = point_key(experiment, machine.identity()), run_name(plain["names"]), run_params(plain, thing)
+    if run.resume and (settled := store.settled(run.name, key)) is not None:
+        if results is not None:
+            write_record(settled.record, results)
         return shown(settled.record, settled.run_id, settled=True)
 
-    run_id = store.start(study, run_name(plain), key, params, tags(machine, thing.numerics.name))
+    with interrupts.held():
+        run_id = store.start(run.name, name, key, params, tags(machine, thing.numerics.name))
 
-    def finish(result: Result) -> dict[str, Any]:
-        made = record(key, study, params, experiment, result)
-        store.finish(run_id, made)
-        if track["results"] is not None:
-            write_record(made, Path(track["results"]))
-        return made
-
-    try:
-        if reasons := lacking + thing.unmet(machine):
-            result = Result(
-                Outcome.UNSUPPORTED, reasons, numerics=thing.numerics.name, fingerprint=fingerprint(machine)
+        def finish(result: Result) -> dict[str, Any]:
+            # A child that died could not say what and where it was.
+            result = replace(
+                result,
+                numerics=result.numerics or thing.numerics.name,
+                fingerprint=result.fingerprint or fingerprint(machine),
             )
-        else:
-            with shown_progress(run_name(plain)) as progress:
-                result = measure_isolated(experiment, settings.timeout_s, progress)
-    except KeyboardInterrupt:
-        finish(Result(Outcome.INTERRUPTED, ["stopped by Ctrl-C"], fingerprint=fingerprint(machine)))
-        raise
-    except BaseException as error:
-        finish(Result(Outcome.ERROR, [f"{type(error).__name__}: {error}"], fingerprint=fingerprint(machine)))
-        raise
-    return shown(finish(result), run_id, settled=False)
+            made = record(key, run.name, params, experiment, result)
+            store.finish(run_id, made)
+            if results is not None and result.outcome is not Outcome.INTERRUPTED:
+                write_record(made, results)
+            return made
+
+        try:
+            if reasons := lacking + thing.unmet(machine):
+                result = Result(Outcome.UNSUPPORTED, reasons)
+            else:
+                with shown_progress(name) as progress:
+                    result = measure_isolated(experiment, settings.timeout_s, progress)
+        except KeyboardInterrupt as error:
+            finish(Result(Outcome.INTERRUPTED, [f"stopped by {error or 'Ctrl-C'}"]))
+            raise
+        except BaseException as error:
+            finish(Result(Outcome.ERROR, [f"{type(error).__name__}: {error}"]))
+            raise
+        return shown(finish(result), run_id, settled=False)
 
 
-def run_params(plain: dict[str, Any]) -> dict[str, str]:
-    """One parameter a group with its option's name, and the workload's numbers; the rest is in experiment.json."""
-    params = {name: str(value) for name, value in plain["names"].items() if name != "study"}
-    workload = plain["workload"]
-    params |= {f"workload.{name}": str(workload[name]) for name in WORKLOAD_PARAMS}
-    params["workload.cameras_present"] = "".join("1" if present else "0" for present in workload["cameras_present"])
-    if (checkpoint := plain["model"].get("checkpoint")) is not None:
-        params["model.checkpoint"] = str(checkpoint)
-    return params
+def run_params(plain: dict[str, Any], thing: subject.Subject) -> dict[str, str]:
+    """One parameter a group with its option's name, the stack first, and the subject's; all else is in experiment.json.
+
+    Options of single stages follow their group.
+    """
+    names = {name: str(option) for name, option in plain["names"].items() if name != "study"}
+    stack = [name for group in config.GROUPS for name in names if name.split(".")[0] == group]
+    return {name: names[name] for name in dict.fromkeys([*stack, *names])} | thing.params()
 
 
-def run_name(plain: dict[str, Any]) -> str:
-    """The stack's name if it has one, else its options that are not the plain ones."""
-    names = plain["names"]
-    plain_options = {
-        "precision": "bf16",
-        "image_masking": "keep",
-        "fusion": "none",
-        "gemm": "blas",
-        "attention": "eager",
-    }
-    plain_options |= {"compile_mode": "none", "graphs": "none"}
+def run_name(names: dict[str, str]) -> str:
+    """What is measured, and the stack's name if it has one, else its options that are not the plain ones."""
+    defaults = compose.defaults()
+    what = [name for group, name in names.items() if group.split(".")[0] not in (*config.GROUPS, *_UNNAMED)]
     special = [
-        f"{name}={value}"
-        for name, value in names.items()
-        if name.split(".")[0] in config.GROUPS and plain_options.get(name) != value
+        f"{group}={name}"
+        for group, name in names.items()
+        if group.split(".")[0] in config.GROUPS and defaults.get(group) != name
     ]
-    return "  ".join([names["model"], names["workload"], names.get("stack") or " ".join(special) or "plain"])
+    return "  ".join([*what, names.get("stack") or " ".join(special) or "plain"])
+
+
+_UNNAMED = (*LABELS, "measure")
 
 
 def tags(machine: Machine, numerics: str) -> dict[str, str]:

@@ -32,6 +32,19 @@ from pi0exp.workload import HostInput, Inputs, Workload, host_inputs, verificati
 _FLOAT64_LIMIT = 100_000_000
 """Parameters up to which the truth of fp32 is taken in float64; beyond it memory and time do not pay."""
 
+_SHOWN = (
+    "batch_size",
+    "cameras_present",
+    "prompt_tokens",
+    "prompt_padded",
+    "horizon",
+    "num_steps",
+    "seed",
+    "observations",
+    "tokenizer",
+)
+"""Fields of the workload that stand beside its name in MLflow's table."""
+
 DeviceInput = tuple[Observation, Tensor]
 
 
@@ -49,6 +62,14 @@ class PolicySubject:
     def from_plain(cls, plain: dict[str, Any]) -> Self:
         dimensions, weights = config.model(plain)
         return cls(dimensions, weights, config.workload(plain), config.stack(plain), plain["names"]["precision"])
+
+    def params(self) -> dict[str, str]:
+        fields = {name: getattr(self.workload, name) for name in _SHOWN}
+        params = {f"workload.{name}": str(value) for name, value in fields.items() if value is not None}
+        params["workload.cameras_present"] = "".join(str(int(there)) for there in self.workload.cameras_present)
+        if self.weights.checkpoint is not None:
+            params["model.checkpoint"] = self.weights.checkpoint
+        return params
 
     @property
     def precision(self) -> PrecisionOption:

@@ -83,6 +83,10 @@ class Subject(Protocol):
     @property
     def numerics(self) -> Numerics: ...
 
+    def params(self) -> dict[str, str]:
+        """The settings that tell its runs apart, by their names: workload.batch_size -> 1."""
+        ...
+
     def preflight(self) -> None:
         """Read whatever input can be wrong, before anything expensive. Raises UserError."""
         ...
@@ -110,11 +114,16 @@ class Subject(Protocol):
 
 def subject(plain: dict[str, Any]) -> Subject:
     """The subject that the configuration names, typed."""
-    target = str(plain["subject"]["_target_"])
+    node = plain.get("subject")
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise UserError(f"subject is {node!r}; its _target_ must name a class")
+    target = str(node["_target_"])
     module, _, name = target.rpartition(".")
     try:
         cls = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"subject: _target_ {target!r} cannot be loaded: {error}") from error
+    if not hasattr(cls, "from_plain"):
+        raise UserError(f"subject: _target_ {target!r} is not a Subject")
     made: Subject = cls.from_plain(plain)
     return made

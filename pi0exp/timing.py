@@ -24,12 +24,14 @@ WINDOW = 10
 @contextmanager
 def quiet() -> Iterator[None]:
     """No garbage collection in the middle of a sample."""
+    enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if enabled:
+            gc.enable()
 
 
 def device_sample_ms(call: Call, index: int, device: torch.device) -> float:

@@ -58,8 +58,9 @@ def judge(
 
     `precision` is the option's name; fp32 has an absolute limit, all others are judged relative to the plain model.
     """
-    if not all(torch.isfinite(actions).all() for actions in found):
-        return Verdict(["the actions are not finite", *exact_failures])
+    for whose, given in (("", found), ("plain model's ", plain), ("truth's ", truth)):
+        if not all(torch.isfinite(actions).all() for actions in given):
+            return Verdict([f"the {whose}actions are not finite", *exact_failures])
     errors = [error for pair in zip(found, truth, strict=True) for error in rel_l2(*pair)]
     own = [error for pair in zip(plain, truth, strict=True) for error in rel_l2(*pair)]
     metrics = {

@@ -277,7 +277,8 @@ def test_database_of_somebody_else(tmp_path):
         assert connection.execute("SELECT name FROM sqlite_master").fetchall() == [("experiments",)]
 
 
-def test_database_that_may_only_be_read(store, root, tmp_path):
+def test_database_that_may_only_be_read(store, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MLflow takes such a URI for a path and makes its folder
     with sqlite3.connect(root / "mlflow.db") as source, sqlite3.connect(tmp_path / "x.db") as target:
         source.backup(target)
     refused(f"sqlite:///file:{tmp_path}/x.db?mode=ro&uri=true", None, f"{tmp_path}/x.db", "readonly")

@@ -1,0 +1,285 @@
+"""Every yaml file composes and types, and what cannot be is told in one line that names the key."""
+
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from helpers import GROUPS_OF, composed, plain_config
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from pi0exp import compose, config
+from pi0exp.attention.eager import Eager
+from pi0exp.attention.sdpa import Backend, Sdpa
+from pi0exp.config import GROUPS, Device, MeasureConfig, Stack, Weights
+from pi0exp.errors import UserError
+from pi0exp.model.config import ModelConfig, tiny
+from pi0exp.option import STAGES, Option, StagedOption
+from pi0exp.point import run_name, run_params
+from pi0exp.policy_subject import PolicySubject
+from pi0exp.workload import Workload
+
+STUDIES = sorted(file.stem for file in (compose.PACKAGE / "experiments" / "study").glob("*.yaml"))
+OPTIONS = [(group, name) for group in GROUPS for name in GROUPS_OF[group]]
+ORDER = ("precision", "image_masking", "fusion", "gemm", "attention", "compile_mode", "graphs")
+
+
+def file_of(group: str, name: str) -> Path:
+    return compose.CONF / group / f"{name}.yaml"
+
+
+def type_all(*overrides: str) -> None:
+    """What a run does with its configuration before it starts anything."""
+    plain = plain_config(*overrides)
+    PolicySubject.from_plain(plain)
+    config.measure(plain)
+
+
+# ---- the files
+
+
+def test_every_folder_is_a_group():
+    assert set(GROUPS_OF) == {*GROUPS, "model", "workload", "measure", "stack"}
+    assert all(GROUPS_OF.values()), "a group without a file"
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in GROUPS_OF.items() for name in names])
+def test_every_file_composes_and_types(group: str, name: str):
+    type_all(f"{group}={name}")
+    assert plain_config(f"{group}={name}")["names"][group] == name
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_file_of_an_option_lists_its_settings(group: str, name: str):
+    """All of them, with the defaults of the class, so that the file is where one looks them up."""
+    values = dict(OmegaConf.load(file_of(group, name)))
+    made = config.option(group, plain_config(f"{group}={name}")[group])
+    assert f"{type(made).__module__}.{type(made).__name__}" == values.pop("_target_")
+    assert list(values) == [*(f.name for f in fields(made) if f.name not in STAGES), *(STAGES if stages(made) else ())]
+    assert made == type(made)()
+
+
+def stages(option: Option) -> bool:
+    return isinstance(option, StagedOption)
+
+
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_options_of_a_group_agree_on_stages(group: str, name: str):
+    """A group may be set for single stages or it may not, whatever its option."""
+    assert stages(config.option(group, plain_config(f"{group}={name}")[group])) == (group in compose.STAGED)
+
+
+@pytest.mark.parametrize(
+    ("group", "made"), [("workload", Workload()), ("measure", MeasureConfig())], ids=["workload", "measure"]
+)
+def test_default_file_is_the_default_of_the_class(group: str, made: object):
+    values = OmegaConf.load(file_of(group, "default"))
+    assert set(values) == {field.name for field in fields(made)}
+    assert config.typed(type(made), dict(values), group) == made
+
+
+@pytest.mark.parametrize("name", GROUPS_OF["workload"])
+def test_workload_is_called_as_its_file_and_complete(name: str):
+    values = OmegaConf.load(file_of("workload", name))
+    assert values.name == name
+    assert set(values) == {field.name for field in fields(Workload)}
+
+
+@pytest.mark.parametrize(
+    ("name", "dimensions"),
+    [
+        ("pi0", ModelConfig()),
+        ("pi05", ModelConfig(pi05=True)),
+        ("tiny", tiny()),
+        ("tiny_pi05", tiny(pi05=True)),
+    ],
+)
+def test_model_file_has_the_dimensions_of_the_code(name: str, dimensions: ModelConfig):
+    assert config.model(plain_config(f"model={name}")) == (dimensions, Weights())
+
+
+def test_model_file_is_complete():
+    values = OmegaConf.load(file_of("model", "pi0"))
+    assert set(values) == {f.name for f in fields(ModelConfig)} | {f.name for f in fields(Weights)}
+
+
+def test_every_model_is_compared():
+    assert GROUPS_OF["model"] == ["pi0", "pi05", "tiny", "tiny_pi05"]
+
+
+# ---- studies
+
+
+def points(study: str) -> list[list[str]]:
+    """The overrides of every point of a study, expanded as Hydra does it."""
+    _, of_hydra = composed(f"study={study}")
+    words = [f"{key}={value}" for key, value in of_hydra.sweeper.params.items()]
+    (batch,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), max_batch_size=None)
+    return [list(point) for point in batch]
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_point_of_a_study_types_and_differs(study: str):
+    ours, of_hydra = composed(f"study={study}")
+    assert ours.name == study, "the MLflow experiment is called as the file"
+    assert str(of_hydra.mode) == "RunMode.MULTIRUN"
+    expanded = points(study)
+    assert len(expanded) > 1
+    stacks = []
+    for point in expanded:
+        type_all(f"study={study}", *point)
+        plain = plain_config(f"study={study}", *point)
+        stacks.append({section: plain[section] for section in (*GROUPS, "model", "workload", "measure")})
+    assert all(one != other for i, one in enumerate(stacks) for other in stacks[:i]), "two points are the same"
+
+
+def test_ladder_adds_one_option_a_rung():
+    rungs = [plain_config(*point)["names"] for point in points("ladder")]
+    changed = [[group for group in GROUPS if a[group] != b[group]] for a, b in pairwise(rungs)]
+    assert changed == [["graphs"], ["attention"], ["image_masking"]]
+
+
+# ---- the stack
+
+
+def test_groups_stand_in_the_order_of_application():
+    assert ORDER == GROUPS
+    assert tuple(field.name for field in fields(Stack)) == GROUPS
+    made = config.stack(plain_config("attention=sdpa", "graphs=manual"))
+    assert [group for group, _ in made.options()] == list(ORDER)
+    assert dict(made.options())["attention"] == Sdpa()
+
+
+def test_options_of_single_stages_are_parts_of_the_stack():
+    made = config.stack(plain_config("attention=sdpa", "attention.denoise=eager"))
+    assert made.attention == Sdpa(denoise=Eager())
+    attention = [(name, part) for name, part in made.parts() if name.startswith("attention")]
+    assert attention == [("attention", made.attention), ("attention.denoise", Eager())]
+
+
+def test_an_option_that_no_stage_uses_is_no_part():
+    made = config.stack(plain_config("attention=sdpa", *(f"attention.{stage}=eager" for stage in STAGES)))
+    assert [name for name, _ in made.parts() if name.startswith("attention")] == [f"attention.{s}" for s in STAGES]
+
+
+def test_stage_takes_settings():
+    made = config.stack(plain_config("attention=sdpa", "attention.denoise={name: sdpa, backend: math}"))
+    assert made.attention == Sdpa(backend=Backend.auto, denoise=Sdpa(backend=Backend.math))
+
+
+def test_stage_takes_the_defaults_of_its_own_option():
+    """Not the settings that its group was given."""
+    made = config.stack(plain_config("attention=sdpa", "attention.backend=math", "attention.prefill=sdpa"))
+    assert made.attention == Sdpa(backend=Backend.math, prefill=Sdpa())
+
+
+@pytest.mark.parametrize("word", ["attention.denoise=eager", "attention.denoise={name: eager}"])
+def test_stage_is_among_names_and_parameters(word: str):
+    plain = plain_config("attention=sdpa", word)
+    assert (plain["names"]["attention"], plain["names"]["attention.denoise"]) == ("sdpa", "eager")
+    params = run_params(plain, PolicySubject.from_plain(plain))
+    assert (params["attention"], params["attention.denoise"]) == ("sdpa", "eager")
+    assert "attention.denoise=eager" in run_name(plain["names"])
+    assert "attention.denoise" not in plain_config("attention=sdpa")["names"]
+
+
+# ---- mistakes
+
+WRONG = [
+    # wrong types and names
+    ("workload.batch_size=two", "workload.batch_size: "),
+    ("workload.cameras_present=3", "workload.cameras_present: "),
+    ("model.vision.width=abc", "model.vision.width: "),
+    ("model.vision=null", "model.vision: "),
+    ("model.pi05=maybe", "model.pi05: "),
+    ("model.seed=x", "model.seed: "),
+    ("measure.timeout_s=abc", "measure.timeout_s: "),
+    ("measure.device=tpu", "measure.device: "),
+    ("graphs=manual graphs.warmup=null", "graphs.warmup: "),
+    ("compile_mode=default compile_mode.fullgraph=maybe", "compile_mode.fullgraph: "),
+    ("attention=sdpa attention.backend=foo", "attention.backend: "),
+    # unknown keys
+    ("+workload.foo=1", "workload.foo: "),
+    ("+measure.foo=1", "measure.foo: "),
+    ("+model.foo=1", "model.foo: "),
+    ("+model.vision.foo=3", "model.vision.foo: "),
+    ("+graphs.foo=1", "graphs.foo: "),
+    ("attention=sdpa +attention.foo=1", "attention.foo: "),
+    ("+precision.model=1", "precision.model: "),
+    # values
+    ("workload.batch_size=0", "workload.batch_size is 0"),
+    ("workload.num_steps=-1", "workload.num_steps is -1"),
+    ("workload.num_steps=0", "workload.num_steps is 0"),
+    ("workload.horizon=0", "workload.horizon is 0"),
+    ("workload.prompt_tokens=21", "workload.prompt_tokens is 21"),
+    ("workload.cameras_present=[true]", "workload.cameras_present is [True]"),
+    ("model.paligemma.depth=4", "model.paligemma.depth is 4 and model.expert.depth 18"),
+    ("model.vision.depth=0", "model.vision.depth is 0"),
+    ("model.vision.patch_size=0", "model.vision.patch_size is 0"),
+    ("model.num_kv_heads=3", "model.num_heads 8 is no multiple of 3"),
+    ("model.weights=foo", "model.weights is 'foo'"),
+    ("measure.samples=0", "measure.samples is 0"),
+    ("measure.inputs=7", "measure.inputs is 7"),
+    ("measure.warmup_s=-1", "measure.warmup_s is -1"),
+    ("graphs=manual graphs.warmup=0", "graphs.warmup is 0"),
+    ("graphs=manual graphs.max_graphs=0", "graphs.max_graphs is 0"),
+    ("compile_mode=default compile_mode.max_structures=0", "compile_mode.max_structures is 0"),
+    # classes
+    ("graphs._target_=pathlib.Path", "graphs: _target_ 'pathlib.Path' is not an Option"),
+    ("graphs._target_=pi0exp.option.Requires", "graphs: _target_ 'pi0exp.option.Requires' is not an Option"),
+    ("graphs._target_=nothing", "graphs: _target_ 'nothing' cannot be loaded"),
+    ("graphs._target_=no.such.module", "graphs: _target_ 'no.such.module' cannot be loaded"),
+    ("graphs._target_=pi0exp.graphs.none.Missing", "graphs: _target_ 'pi0exp.graphs.none.Missing' cannot be loaded"),
+    ("~graphs", "graphs is None; it must name an option"),
+    ("~attention", "attention is None; it must name an option"),
+    ("~workload", "workload is None; it must hold settings"),
+    # stages
+    ("+graphs.denoise.name=manual", "graphs.denoise: graphs cannot be set for single stages"),
+    ("attention.denoise=flsh", "attention.denoise is 'flsh'; it must name one of eager, sdpa"),
+    ("attention.denoise=3", "attention.denoise is 3; it must name one of eager, sdpa"),
+    ("attention.denoise=[sdpa]", "attention.denoise is ['sdpa']; it must name one of eager, sdpa"),
+    ("attention.denoise={backend:math}", "attention.denoise is {'backend': 'math'}; it must name one of"),
+    ("gemm.vision=sdpa", "gemm.vision is 'sdpa'; it must name one of blas"),
+    ("attention.denoise={name:sdpa,foo:1}", "attention.denoise.foo: attention=sdpa has no such setting; it has: backe"),
+    (
+        "attention.denoise={name:eager,foo:1}",
+        "attention.denoise.foo: attention=eager has no such setting; it has: none",
+    ),
+    ("attention.denoise={name:sdpa,backend:bad}", "attention.denoise.backend: "),
+    ("attention.denoise={name:sdpa,prefill:eager}", "attention.denoise.prefill: an option of a single stage has no"),
+]
+
+
+@pytest.mark.parametrize(("words", "start"), WRONG, ids=[words for words, _ in WRONG])
+def test_mistake_is_told_in_one_line(words: str, start: str):
+    with pytest.raises(UserError) as caught:
+        type_all(*words.split(" "))
+    text = str(caught.value)
+    assert text.startswith(start)
+    assert "\n" not in text
+    assert "object_type" not in text
+
+
+@pytest.mark.parametrize("words", ["workload.foo=1", "attention=flsh", "study=none_such", "stack=none_such"])
+def test_what_hydra_refuses_becomes_one_line(words: str):
+    with pytest.raises(HydraException) as caught:
+        plain_config(words)
+    text = compose.one_line(caught.value)
+    assert "\n" not in text
+    assert words.split("=")[0].replace("study=", "study/") in text
+
+
+def test_unknown_option_lists_the_right_ones():
+    with pytest.raises(HydraException) as caught:
+        plain_config("attention=flsh")
+    assert "eager, sdpa" in compose.one_line(caught.value)
+
+
+def test_typed_values_are_frozen():
+    made = config.measure(plain_config("measure.device=cpu"))
+    assert made.device is Device.cpu
+    with pytest.raises(AttributeError):
+        made.samples = 3

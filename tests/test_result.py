@@ -1,0 +1,92 @@
+"""What a result may say: numbers only where the outcome allows them."""
+
+import json
+
+import pytest
+
+from pi0exp.result import CONFIG_ERROR, TIMED, Outcome, Result, record
+
+TIMES = {"latency_ms/p50": 20.0, "latency_host_ms/p50": 21.0, "throughput_hz": 50.0, "roofline/share": 0.3}
+FAILURES = [outcome for outcome in Outcome if outcome is not Outcome.OK]
+
+
+def test_exit_codes():
+    assert {outcome.value: outcome.exit_code for outcome in Outcome} == {
+        "ok": 0,
+        "unsupported": 3,
+        "wrong_numerics": 4,
+        "unproven": 4,
+        "oom": 5,
+        "timeout": 5,
+        "error": 5,
+        "interrupted": 130,
+    }
+    assert CONFIG_ERROR == 2
+
+
+def test_failures_are_measured_again():
+    assert {outcome for outcome in Outcome if outcome.settled} == {Outcome.OK, Outcome.UNSUPPORTED}
+
+
+def test_result_that_is_ok():
+    made = Result("ok", metrics=TIMES, samples={"latency_ms": [20.0]})
+    assert made.outcome is Outcome.OK
+
+
+def test_result_that_is_ok_has_a_latency():
+    with pytest.raises(ValueError, match="must carry latency_ms/p50"):
+        Result(Outcome.OK, metrics={"throughput_hz": 50.0})
+
+
+@pytest.mark.parametrize("outcome", FAILURES)
+@pytest.mark.parametrize("name", [*TIMES, "latency_ms/p99", "latency_ms/anything"])
+def test_failure_has_no_times(outcome: Outcome, name: str):
+    with pytest.raises(ValueError, match=f"{outcome} must not carry {name}"):
+        Result(outcome, ["because"], metrics={name: 1.0})
+
+
+@pytest.mark.parametrize("outcome", FAILURES)
+def test_failure_has_no_samples(outcome: Outcome):
+    with pytest.raises(ValueError, match=f"{outcome} must not carry samples"):
+        Result(outcome, ["because"], samples={"latency_ms": [20.0]})
+
+
+@pytest.mark.parametrize("outcome", FAILURES)
+def test_failure_says_why(outcome: Outcome):
+    with pytest.raises(ValueError, match="must say why"):
+        Result(outcome)
+    assert Result(outcome, ["because"]).reasons == ["because"]
+
+
+@pytest.mark.parametrize("outcome", FAILURES)
+def test_failure_keeps_what_was_not_timed(outcome: Outcome):
+    metrics = {"error/rel_l2": 0.5, "memory_mb/peak": 3.0, "roofline/floor_ms": 6.2, "warmup/calls": 20.0}
+    assert Result(outcome, ["because"], metrics=metrics).metrics == metrics
+
+
+def test_every_time_is_known_as_one():
+    assert all(name.startswith(TIMED) for name in TIMES)
+    assert not "roofline/floor_ms".startswith(TIMED)
+
+
+def test_unknown_outcome():
+    with pytest.raises(ValueError, match="fine"):
+        Result("fine")
+
+
+def test_result_survives_json():
+    made = Result("ok", metrics=TIMES, samples={"latency_ms": [20.0, 21.0]}, applied={"graphs": ["one graph"]})
+    assert Result(**json.loads(json.dumps(made.to_dict()))) == made
+
+
+def test_record_carries_point_and_result():
+    made = record("abc", "ladder", {"graphs": "manual"}, {"graphs": {}}, Result("oom", ["too large"]))
+    assert made["format"] == 1
+    assert (made["key"], made["study"], made["params"], made["experiment"]) == (
+        "abc",
+        "ladder",
+        {"graphs": "manual"},
+        {"graphs": {}},
+    )
+    assert (made["outcome"], made["reasons"]) == ("oom", ["too large"])
+    json.dumps(made)

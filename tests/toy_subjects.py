@@ -1,0 +1,132 @@
+"""A subject that is no policy, fast and without torch; `subject.fault` says what goes wrong with it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pi0exp.errors import UserError
+from pi0exp.option import Numerics
+from pi0exp.subject import Verdict
+
+
+@dataclass
+class ToyInstance:
+    verdict: Verdict
+    applied: dict[str, list[str]] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=lambda: {"toy": "yes"})
+    startup_s: dict[str, float] = field(default_factory=lambda: {"build": 0.5})
+    calls_per_s_factor: int = 2
+
+    def call(self, index: int) -> None:
+        time.sleep(0.001)
+
+    def call_host(self, index: int) -> None:
+        time.sleep(0.001)
+
+    def counters(self) -> dict[str, float]:
+        return {"toy/calls": 1.0}
+
+
+@dataclass
+class Toy:
+    fault: str
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> "Toy":
+        return cls(plain["subject"].get("fault", "none"))
+
+    @property
+    def numerics(self) -> Numerics:
+        return Numerics.REORDERED
+
+    def params(self) -> dict[str, str]:
+        return {"subject.fault": self.fault}
+
+    def preflight(self) -> None:
+        if self.fault == "input":
+            raise UserError("subject.fault is input;\n  choose another")
+
+    def unmet(self, machine: Any) -> list[str]:
+        return ["it is not supported anywhere"] if self.fault == "unmet" else []
+
+    def proofs(self) -> list[tuple[str, str]]:
+        return []
+
+    def work(self) -> list[Any]:
+        return []
+
+    def matrix_dtype(self) -> Any:
+        raise NotImplementedError
+
+    def build(self, device: Any, inputs: int, progress: Any) -> ToyInstance:
+        progress(f"fault {self.fault}")
+        print(f"about to {self.fault}", flush=True)
+        wrong = getattr(self, f"_{self.fault}")() or []
+        return ToyInstance(Verdict(wrong, {"error/rel_l2": 0.25 if wrong else 0.01}))
+
+    def _none(self) -> None:
+        pass
+
+    def _wrong(self) -> list[str]:
+        return ["the toy is not what it was"]
+
+    def _crash(self) -> None:
+        raise RuntimeError("the toy broke\nin two")
+
+    def _abort(self) -> None:
+        os.abort()
+
+    def _kill(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _hang(self) -> None:
+        time.sleep(600)
+
+    def _stubborn(self) -> None:
+        """Hangs, does not hear SIGTERM, and so does what it started."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", self._target()])
+        time.sleep(600)
+
+    def _orphan(self) -> None:
+        """Leaves a process behind that holds its output open."""
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", self._target()])
+
+    def _loud(self) -> None:
+        for _ in range(50):
+            sys.stdout.write("x" * 1_000_000)
+        sys.stdout.flush()
+        raise RuntimeError("hoarse")
+
+    def _half(self) -> None:
+        Path(self._target()).write_text('{"outcome": "ok", "metr')
+        os._exit(0)
+
+    def _foreign(self) -> None:
+        Path(self._target()).write_text('{"outcome": "ok", "metrics": {}}')
+        os._exit(0)
+
+    def _silent(self) -> None:
+        os._exit(0)
+
+    def _two(self) -> None:
+        os._exit(2)
+
+    def _oom(self) -> None:
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB")
+
+    def _host_oom(self) -> None:
+        raise MemoryError
+
+    def _refuse(self) -> None:
+        raise UserError("subject.fault is refuse;\n  choose another")
+
+    def _target(self) -> str:
+        return sys.argv[2]
