@@ -60,7 +60,7 @@ def main() -> None:
     try:
         job()
         code = outcomes.exit_code()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # all from composing: a job tells its own
         if full_errors:
             raise
         code = refused(error)

@@ -25,7 +25,7 @@ def apply_stack(policy: Policy, stack: Stack) -> Iterator[tuple[str, Option]]:
 
 def unmet(stack: Stack, machine: "Machine") -> list[str]:
     """Why this stack cannot run on that machine, and which of its options exclude each other."""
-    needs = [f"{group}: {reason}" for group, option in stack.parts() for reason in option.requires.unmet(machine)]
+    needs = [f"{group}: {reason}" for group, option in stack.parts() for reason in option.unmet(machine)]
     return needs + [f"{group}: {reason}" for group, option in stack.parts() for reason in option.clashes(stack)]
 
 

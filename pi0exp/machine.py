@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pi0exp.errors import UserError
+
 PACKAGES = ("torch", "triton", "pi0exp")
 """Distributions whose versions belong to the identity of a measurement."""
 
@@ -88,7 +90,12 @@ def _nvidia() -> dict[str, Any]:
 
 def _amd() -> dict[str, Any]:
     """The first GPU by AMD SMI, which comes with ROCm. Not run on AMD hardware; tested with answers of its form."""
-    import amdsmi
+    try:
+        import amdsmi
+    except (ImportError, KeyError, OSError) as error:  # without ROCm's library its import ends in a KeyError
+        raise UserError(
+            f"torch is built for ROCm, but AMD SMI cannot be imported ({error}): install the amdsmi of this ROCm"
+        ) from error
 
     amdsmi.amdsmi_init()
     try:

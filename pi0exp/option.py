@@ -95,6 +95,10 @@ class Option:
         """
         return ""
 
+    def unmet(self, machine: Machine) -> list[str]:
+        """Why it cannot run on `machine`; for options whose needs depend on their settings to extend."""
+        return self.requires.unmet(machine)
+
     def clashes(self, stack: Stack) -> list[str]:
         """Why it cannot stand in `stack` beside what else is there; none if it can."""
         return []

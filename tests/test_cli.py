@@ -208,6 +208,7 @@ def file_in_place(folder):
         pytest.param(["study=nope"], ["study/nope", "ladder"], marks=pytest.mark.slow),
         pytest.param(["stack=nope"], ["stack/nope", "0_eager"], marks=pytest.mark.slow),
         (["workload.bach=2"], ["workload.bach"]),
+        (["attention=null"], ["Config group override"]),
         (["foo=1"], ["'foo'"]),
         (["+foo=1"], ["foo: no such setting", "resume", "workload"]),
         pytest.param(["+workload.foo=1"], ["workload.foo"], marks=pytest.mark.slow),

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pi0exp.machine import Machine
 from pi0exp.model.layers import Attention
 from pi0exp.model.mask import Mask
-from pi0exp.option import Numerics, StagedOption
+from pi0exp.option import ANY_GPU, Numerics, Requires, StagedOption
 from pi0exp.policy import Policy
 
 
@@ -38,6 +39,7 @@ _FIXED = {
     Backend.cudnn: SDPBackend.CUDNN_ATTENTION,
     Backend.math: SDPBackend.MATH,
 }
+_NEEDS = {Backend.efficient: ANY_GPU, Backend.cudnn: Requires(vendors=("nvidia",))}
 _KERNELS = {
     Backend.auto: r"flash_fwd|fmha|_sdpa_|attn_fwd",
     Backend.flash: r"flash_fwd|attn_fwd",
@@ -67,6 +69,9 @@ class Sdpa(StagedOption):
     numerics = Numerics.REORDERED
 
     backend: Backend = Backend.auto
+
+    def unmet(self, machine: Machine) -> list[str]:
+        return _NEEDS.get(self.backend, self.requires).unmet(machine)
 
     def proof(self) -> str:
         return _KERNELS[self.backend]
