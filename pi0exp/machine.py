@@ -131,21 +131,36 @@ def _cpu() -> str:
     )
 
 
-def commit() -> tuple[str, bool]:
-    """The commit of the checkout this runs from and whether it was changed; PI0EXP_COMMIT where git is not there.
+def commit() -> tuple[str, str]:
+    """The commit of the checkout this runs from, and whether it was changed: "true", "false" or "unknown".
 
-    A commit given that way is taken at its word. ("", False) where neither is known.
+    Where git cannot be asked, the commit is read from its files; PI0EXP_COMMIT, taken at its word, may end in -dirty.
+    ("", "unknown") where nothing is known.
     """
     if given := os.environ.get("PI0EXP_COMMIT", ""):
-        return given.removesuffix("-dirty"), given.endswith("-dirty")
+        return given.removesuffix("-dirty"), str(given.endswith("-dirty")).lower()
     root = Path(__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return "", False
+        return "", "unknown"
     try:
-        head = _git(root, "rev-parse", "HEAD")
-        return head, bool(_git(root, "status", "--porcelain"))
-    except (OSError, subprocess.CalledProcessError):
-        return "", False
+        return _git(root, "rev-parse", "HEAD"), str(bool(_git(root, "status", "--porcelain"))).lower()
+    except (OSError, subprocess.CalledProcessError):  # no git, or it does not trust the folder's owner
+        return _head(root / ".git"), "unknown"
+
+
+def _head(folder: Path) -> str:
+    """The commit that a .git folder has checked out; "" where it does not say."""
+    try:
+        head = (folder / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        name = head.removeprefix("ref: ")
+        if (folder / name).is_file():
+            return (folder / name).read_text().strip()
+        packed = (line.split() for line in (folder / "packed-refs").read_text().splitlines())
+        return next((words[0] for words in packed if words[1:] == [name]), "")
+    except OSError:
+        return ""
 
 
 def _git(root: Path, *words: str) -> str:

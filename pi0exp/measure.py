@@ -39,7 +39,7 @@ def target_machine(wanted: config.Device) -> tuple[Machine, list[str]]:
 def fingerprint(machine: Machine) -> dict[str, Any]:
     """What a reader of the numbers may ask about the machine, the code and the day."""
     head, dirty = commit()
-    code = {"commit": head, "dirty": str(dirty).lower(), "date": datetime.now(UTC).date().isoformat()}
+    code = {"commit": head, "dirty": dirty, "date": datetime.now(UTC).date().isoformat()}
     return {**machine.identity(), "cpu": machine.cpu, "cores": machine.cores, **code}
 
 

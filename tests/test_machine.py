@@ -187,9 +187,9 @@ def test_identity_of_a_cpu_names_it(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [("0123abc", ("0123abc", False)), ("0123abc-dirty", ("0123abc", True))],
+    [("0123abc", ("0123abc", "false")), ("0123abc-dirty", ("0123abc", "true"))],
 )
-def test_commit_that_was_given(monkeypatch: pytest.MonkeyPatch, given: str, expected: tuple[str, bool]):
+def test_commit_that_was_given(monkeypatch: pytest.MonkeyPatch, given: str, expected: tuple[str, str]):
     monkeypatch.setenv("PI0EXP_COMMIT", given)
     assert machine.commit() == expected
 
@@ -198,22 +198,30 @@ def test_commit_of_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.delenv("PI0EXP_COMMIT", raising=False)
     (tmp_path / "pi0exp").mkdir()
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "pi0exp" / "machine.py"))
-    assert machine.commit() == ("", False)
+    assert machine.commit() == ("", "unknown")
     (tmp_path / ".git").mkdir()
     answers = {"rev-parse": "0123abc", "status": ""}
     monkeypatch.setattr(machine, "_git", lambda root, *words: answers[words[0]])
-    assert machine.commit() == ("0123abc", False)
+    assert machine.commit() == ("0123abc", "false")
     answers["status"] = " M pi0exp/machine.py"
-    assert machine.commit() == ("0123abc", True)
+    assert machine.commit() == ("0123abc", "true")
 
 
-def test_checkout_without_git_has_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_commit_where_git_is_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Read from the files of the checkout; whether it was changed stays unknown."""
     monkeypatch.delenv("PI0EXP_COMMIT", raising=False)
     (tmp_path / "pi0exp").mkdir()
-    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "refs" / "heads").mkdir(parents=True)
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "pi0exp" / "machine.py"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert machine.commit() == ("", False)
+    assert machine.commit() == ("", "unknown")
+    (tmp_path / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
+    (tmp_path / ".git" / "packed-refs").write_text("# pack-refs with: peeled\n0123abc refs/heads/main\n")
+    assert machine.commit() == ("0123abc", "unknown")
+    (tmp_path / ".git" / "refs" / "heads" / "main").write_text("456def\n")
+    assert machine.commit() == ("456def", "unknown")
+    (tmp_path / ".git" / "HEAD").write_text("789abc\n")
+    assert machine.commit() == ("789abc", "unknown")
 
 
 # ---- the environment

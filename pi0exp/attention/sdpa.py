@@ -49,8 +49,8 @@ _KERNELS = {
 }
 """What a profile shows of them; AMD's are all named attn_fwd."""
 # PyTorch prefers cuDNN on Hopper. For the few rows of a denoising step flash is faster, since it splits the keys over
-# the multiprocessors: 23.6 against 38.4 us for 11 rows on 799 keys, 13.7 against 28.9 us for 50 on 1018; for the 788
-# rows of the prefill cuDNN is, 27 against 41 us (H200, torch 2.11, in a CUDA graph, 2026-11-23).
+# the multiprocessors: 24 against 39 us for 11 rows on 799 keys, 14 against 29 us for 50 on 1018. For the 788 rows of
+# the prefill cuDNN is: 27 against 42 us (H200, torch 2.11, 2026-11-24; experiments/results/sdpa_layouts).
 _FEW_ROWS = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.CUDNN_ATTENTION,
