@@ -34,6 +34,13 @@ def numerics(stack: Stack) -> Numerics:
     return max((option.numerics for _, option in stack.parts()), key=lambda word: word.rank)
 
 
+def bound(stack: Stack) -> float | None:
+    """The error that the stack's APPROXIMATE options allow together; None where one of them promises nothing."""
+    bounds = [option.bound for _, option in stack.parts() if option.numerics is Numerics.APPROXIMATE]
+    stated = [value for value in bounds if value is not None]
+    return sum(stated) if bounds and len(stated) == len(bounds) else None
+
+
 def proofs(stack: Stack) -> list[tuple[str, str]]:
     """What a GPU profile must show of every option that can be shown."""
     return [(group, pattern) for group, option in stack.parts() if (pattern := option.proof())]

@@ -79,11 +79,13 @@ def _unmet_package(requirement: str) -> str | None:
 class Option:
     """One choice of one group. Subclasses set the class variables and override `apply`.
 
-    requires: what it needs of the machine. numerics: what it does to the numbers.
+    requires: what it needs of the machine. numerics: what it does to the numbers. bound: for APPROXIMATE ones the
+    relative L2 error of the actions that must not be passed on any observation; None where nothing can be promised.
     """
 
     requires: ClassVar[Requires] = Requires()
     numerics: ClassVar[Numerics] = Numerics.EXACT
+    bound: ClassVar[float | None] = None
 
     def apply(self, policy: Policy) -> None:
         """Change `policy` through its `fill`, `wrap_...` and `prepare_with`; the plain option does nothing."""

@@ -166,7 +166,8 @@ class PolicySubject:
                     failures.append(f"{group} {difference}")
                 before = after
             start = time.perf_counter()
-        verdict = verify.judge(before, plain, truth, self.numerics, self.precision_name, failures)
+        bound = build.bound(self.stack)
+        verdict = verify.judge(before, plain, truth, self.numerics, self.precision_name, failures, bound)
         made = self.inputs(inputs)
         facts = made.facts | {"weights": "random" if self.checkpoint is None else "checkpoint"}
         return PolicyInstance(self, policy, verdict, startup_s, facts, made.items, self.on_device(made.items, device))

@@ -7,7 +7,7 @@ bf16 policy's rounded weights and RoPE frequencies, for fp32 float64 on models t
   REORDERED    relative L2 error of the actions at most 2 x the plain model's own on every observation, and at most
                1.25 x in the geometric mean. Harmless reorderings scatter between 0.7 x and 1.4 x on single
                observations, because bf16 rounding noise is as large as the error itself.
-  APPROXIMATE  finite; the error is shown
+  APPROXIMATE  finite; the error is shown, and within the bound that the option states, if it states one
 
 The stack as a whole is held against the plain model at the level of its weakest option.
 """
@@ -53,10 +53,12 @@ def judge(
     numerics: Numerics,
     precision: str,
     exact_failures: Sequence[str] = (),
+    bound: float | None = None,
 ) -> Verdict:
     """Hold the actions of the stack, `found`, against the plain model's and the truth's: each a list of [B, C, A].
 
     `precision` is the option's name; fp32 has an absolute limit, all others are judged relative to the plain model.
+    `bound`: the relative L2 error that an APPROXIMATE stack allows itself on each observation.
     """
     for whose, given in (("", found), ("plain model's ", plain), ("truth's ", truth)):
         if not all(torch.isfinite(actions).all() for actions in given):
@@ -71,6 +73,8 @@ def judge(
     wrong = list(exact_failures)
     if numerics is Numerics.EXACT and (difference := unequal(plain, found)):
         wrong.append(f"the whole stack {difference}")
+    if numerics is Numerics.APPROXIMATE and bound is not None and max(errors) > bound:
+        wrong.append(f"relative L2 error {max(errors):.3g} of the actions is above the bound {bound:g} that was stated")
     if precision == "fp32" and numerics is not Numerics.APPROXIMATE:
         if max(errors) > FP32_LIMIT:
             wrong.append(

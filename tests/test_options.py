@@ -376,6 +376,21 @@ def test_approximate_option_passes_and_shows_its_error():
     assert verdict.metrics["error/max_abs"] > 0.1
 
 
+def test_approximate_option_keeps_the_bound_it_states():
+    @dataclass(frozen=True)
+    class Bounded(Approximate):
+        bound = 0.05
+
+    assert wrong("tiny", graphs=Bounded(factor=1.01)) == []
+    (text,) = wrong("tiny", graphs=Bounded(factor=1.1))
+    assert "above the bound 0.05" in text
+    stack = replace(few_steps("model=tiny").stack, graphs=Bounded())
+    assert build.bound(stack) == 0.05
+    assert build.bound(replace(stack, fusion=Bounded())) == 0.1
+    assert build.bound(replace(stack, fusion=Approximate())) is None
+    assert build.bound(replace(stack, graphs=Scaled())) is None
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_wrong_epsilon_is_found_in_fp32(model: str):
     """It makes 8e-6 and more; bf16 would hide it."""
