@@ -1,6 +1,7 @@
 """Commands as a user gives them, and what they leave in the store and among the processes."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,14 @@ def start(root: Path, *words: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
+
+
+def heed_signals() -> None:
+    """A test run in the background of a script has Ctrl-C ignored, and so would all that it starts."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def pi0exp(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
