@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pi0exp.machine import this_machine  # noqa: E402  (found beside this folder, installed or not)
+from pi0exp.machine import this_machine
 
 
 def main() -> int:

@@ -19,16 +19,16 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pi0exp.load import gpu_slug  # noqa: E402
-from pi0exp.machine import this_machine  # noqa: E402
-from pi0exp.measure import fingerprint  # noqa: E402
-from pi0exp.model.layers import eager_attend  # noqa: E402
-from pi0exp.model.mask import Mask, suffix_mask  # noqa: E402
+from pi0exp.load import gpu_slug
+from pi0exp.machine import this_machine
+from pi0exp.measure import fingerprint
+from pi0exp.model.layers import eager_attend
+from pi0exp.model.mask import Mask, suffix_mask
 
 LAUNCHES, REPLAYS = 36, 11
 BACKENDS = {

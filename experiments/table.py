@@ -14,9 +14,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pi0exp.card import card  # noqa: E402
-from pi0exp.load import read_record  # noqa: E402  (found beside this folder, installed or not)
-from pi0exp.track import Record  # noqa: E402
+from pi0exp.card import card
+from pi0exp.load import read_record
+from pi0exp.track import Record
 
 PLAIN = {"attention": "eager", "gemm": "blas", "fusion": "none", "image_masking": "keep", "precision": "bf16"}
 PLAIN |= {"graphs": "none", "compile_mode": "none"}

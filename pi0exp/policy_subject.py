@@ -90,7 +90,7 @@ class PolicySubject:
         return self.precision.model.activations
 
     def preflight(self) -> None:
-        self.checkpoint  # noqa: B018  # opening it checks it
+        _ = self.checkpoint  # opening it checks it
         self.inputs(1)
 
     @cached_property
