@@ -37,7 +37,7 @@ ROOM_BYTES = 1 << 20
 def import_mlflow() -> None:
     """Import MLflow without its messages, its progress bars and its reports to its makers."""
     quiet_mlflow()
-    import mlflow  # noqa: F401
+    import mlflow  # noqa: F401  (sets up its loggers, which are quietened here)
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
