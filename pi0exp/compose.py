@@ -1,10 +1,11 @@
 """Everything that needs Hydra while composing: where its folders are, and options of single stages."""
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose
+from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pi0exp.errors import UserError
+from pi0exp.option import STAGES
 
 PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf"
@@ -21,7 +23,6 @@ OWN = ("name", "resume", "subject", "track")
 """Keys of `conf/config.yaml` itself; every other one comes from a group."""
 STAGED = ("attention", "gemm")
 """Groups whose option may differ between stages."""
-_STAGES = ("vision", "prefill", "denoise")
 
 
 class Studies(SearchPathPlugin):
@@ -134,11 +135,23 @@ def plain(cfg: DictConfig, chosen: dict[str, str]) -> dict[str, Any]:
         raise UserError(f"{unknown[0]}: no such setting; there are {', '.join([*OWN, *sorted(chosen)])}")
     result["names"] = dict(chosen)
     for group in STAGED:
-        for stage in _STAGES if isinstance(result.get(group), dict) else ():
+        for stage in STAGES if isinstance(result.get(group), dict) else ():
             if (node := result[group].get(stage)) is not None:
                 name, inner = stage_option(group, stage, node)
                 result[group][stage], result["names"][f"{group}.{stage}"] = inner, name
     return result
+
+
+def from_words(words: Sequence[str]) -> dict[str, Any]:
+    """What these words of the command line compose to, for whoever has no command line. Raises UserError."""
+    register()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3", job_name="pi0exp"):
+            composed = compose("config", overrides=list(words), return_hydra_config=True)
+            ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+            return plain(ours, choices(composed.hydra))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(one_line(error)) from error
 
 
 def stage_option(group: str, stage: str, node: Any) -> tuple[str, dict[str, Any]]:
@@ -154,14 +167,14 @@ def stage_option(group: str, stage: str, node: Any) -> tuple[str, dict[str, Any]
         raise UserError(
             f"{where} is {node!r}; it must name one of {', '.join(known)}, or be {{name: ..., setting: ...}}"
         )
-    if nested := [key for key in settings if key in _STAGES]:
+    if nested := [key for key in settings if key in STAGES]:
         raise UserError(f"{where}.{nested[0]}: an option of a single stage has no stages of its own")
     try:
         composed = OmegaConf.to_container(compose(config_name=f"{group}/{name}")[group], resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{where}: {one_line(error)}") from error
     assert isinstance(composed, dict)
-    inner = {str(key): value for key, value in composed.items() if key not in _STAGES}
+    inner = {str(key): value for key, value in composed.items() if key not in STAGES}
     if unknown := [key for key in settings if key not in inner]:
         allowed = ", ".join(key for key in inner if key != "_target_") or "none"
         raise UserError(f"{where}.{unknown[0]}: {group}={name} has no such setting; it has: {allowed}")

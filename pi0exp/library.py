@@ -3,14 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from pi0exp import compose, config
-from pi0exp.errors import UnsupportedError, UserError
+from pi0exp.errors import UnsupportedError
 from pi0exp.measure import target_machine
 from pi0exp.policy import Policy
 from pi0exp.policy_subject import PolicySubject
@@ -35,15 +30,7 @@ def load_policy(
     words = [f"model={model}", f"measure.device={device}", *overrides]
     words += [f"stack={stack}"] if stack is not None else []
     words += [f"model.checkpoint={checkpoint}"] if checkpoint is not None else []
-    compose.register()
-    try:
-        with initialize_config_dir(str(compose.CONF), version_base="1.3", job_name="pi0exp"):
-            composed = hydra_compose("config", overrides=words, return_hydra_config=True)
-            chosen = compose.choices(composed.hydra)
-            ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-            plain = compose.plain(ours, chosen)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(compose.one_line(error)) from error
+    plain = compose.from_words(words)
     subject = PolicySubject.from_plain(plain)
     machine, reasons = target_machine(config.measure(plain).device)
     if reasons := reasons + subject.unmet(machine):

@@ -7,6 +7,7 @@ parent writes it (artifact `experiment.json` of every run); RESULT.json receives
 import json
 import os
 import sys
+import traceback
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -15,7 +16,7 @@ from typing import Any
 from pi0exp import config, subject
 from pi0exp.errors import UserError
 from pi0exp.machine import Machine, commit, this_machine
-from pi0exp.result import Outcome, Result
+from pi0exp.result import CONFIG_ERROR, Outcome, Result
 
 PROGRESS = "[pi0exp] "
 """Starts the lines of the child's output that tell what it is doing; everything else is somebody's log."""
@@ -30,10 +31,9 @@ def target_machine(wanted: config.Device) -> tuple[Machine, list[str]]:
     machine = this_machine()
     if wanted is config.Device.cpu:
         return machine.without_gpu(), []
-    missing = wanted is config.Device.gpu and not machine.has_gpu
-    return machine, [
-        f"measure.device=gpu: this machine has no GPU that torch {machine.versions.get('torch')} can use"
-    ] if missing else []
+    if wanted is config.Device.gpu and not machine.has_gpu:
+        return machine, [f"measure.device=gpu: there is no GPU that torch {machine.versions.get('torch')} can use"]
+    return machine, []
 
 
 def fingerprint(machine: Machine) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def measure(plain: dict[str, Any]) -> Result:
     timed = summary(samples)
     timed |= {
         "latency_host_ms/p50": median(host),
-        "throughput_hz": 1e3 * instance.calls_per_s_factor / timed["latency_ms/p50"],
+        "throughput_hz": 1e3 * instance.samples_per_call / timed["latency_ms/p50"],
     }
     metrics |= {f"startup_s/{name}": seconds for name, seconds in instance.startup_s.items()} | instance.counters()
     if ceilings is not None:
@@ -131,8 +131,6 @@ def measure(plain: dict[str, Any]) -> Result:
 
 def guarded(plain: dict[str, Any]) -> Result:
     """`measure`, where running out of memory and errors are results too (the parent adds machine and numerics)."""
-    import traceback
-
     import torch
 
     try:
@@ -153,7 +151,7 @@ def guarded(plain: dict[str, Any]) -> Result:
 def main(arguments: list[str]) -> int:
     if len(arguments) != 2 or {"-h", "--help"} & set(arguments):
         print(__doc__.strip(), file=sys.stderr)
-        return config_error_code()
+        return CONFIG_ERROR
     source, target = map(Path, arguments)
     try:
         plain = json.loads(source.read_text())
@@ -165,14 +163,8 @@ def main(arguments: list[str]) -> int:
         os.replace(part, target)  # whole or not at all
     except (OSError, ValueError) as error:  # among them what JSON cannot read, and UserError
         print(f"pi0exp.measure: {' '.join(str(error).split())}", file=sys.stderr)
-        return config_error_code()
+        return CONFIG_ERROR
     return result.outcome.exit_code
-
-
-def config_error_code() -> int:
-    from pi0exp.result import CONFIG_ERROR
-
-    return CONFIG_ERROR
 
 
 if __name__ == "__main__":

@@ -32,19 +32,6 @@ from pi0exp.workload import HostInput, Inputs, Workload, host_inputs, verificati
 _FLOAT64_LIMIT = 100_000_000
 """Parameters up to which the truth of fp32 is taken in float64; beyond it memory and time do not pay."""
 
-_SHOWN = (
-    "batch_size",
-    "cameras_present",
-    "prompt_tokens",
-    "prompt_padded",
-    "horizon",
-    "num_steps",
-    "seed",
-    "observations",
-    "tokenizer",
-)
-"""Fields of the workload that stand beside its name in MLflow's table."""
-
 DeviceInput = tuple[Observation, Tensor]
 
 
@@ -64,8 +51,8 @@ class PolicySubject:
         return cls(dimensions, weights, config.workload(plain), config.stack(plain), plain["names"]["precision"])
 
     def params(self) -> dict[str, str]:
-        fields = {name: getattr(self.workload, name) for name in _SHOWN}
-        params = {f"workload.{name}": str(value) for name, value in fields.items() if value is not None}
+        given = {name: value for name, value in vars(self.workload).items() if name != "name" and value is not None}
+        params = {f"workload.{name}": str(value) for name, value in given.items()}
         params["workload.cameras_present"] = "".join(str(int(there)) for there in self.workload.cameras_present)
         if self.weights.checkpoint is not None:
             params["model.checkpoint"] = self.weights.checkpoint
@@ -222,7 +209,7 @@ class PolicyInstance:
         return self.policy.applied
 
     @property
-    def calls_per_s_factor(self) -> int:
+    def samples_per_call(self) -> int:
         return self.subject.workload.batch_size
 
     def counters(self) -> dict[str, float]:

@@ -59,7 +59,7 @@ class Instance(Protocol):
         ...
 
     @property
-    def calls_per_s_factor(self) -> int:
+    def samples_per_call(self) -> int:
         """How many samples one call computes (the batch size)."""
         ...
 

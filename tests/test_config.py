@@ -266,7 +266,7 @@ def test_mistake_is_told_in_one_line(words: str, start: str):
 @pytest.mark.parametrize("words", ["workload.foo=1", "attention=flsh", "study=none_such", "stack=none_such"])
 def test_what_hydra_refuses_becomes_one_line(words: str):
     with pytest.raises(HydraException) as caught:
-        plain_config(words)
+        composed(words)
     text = compose.one_line(caught.value)
     assert "\n" not in text
     assert words.split("=")[0].replace("study=", "study/") in text
@@ -274,7 +274,7 @@ def test_what_hydra_refuses_becomes_one_line(words: str):
 
 def test_unknown_option_lists_the_right_ones():
     with pytest.raises(HydraException) as caught:
-        plain_config("attention=flsh")
+        composed("attention=flsh")
     assert "eager, sdpa" in compose.one_line(caught.value)
 
 

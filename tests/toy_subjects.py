@@ -20,7 +20,7 @@ class ToyInstance:
     applied: dict[str, list[str]] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=lambda: {"toy": "yes"})
     startup_s: dict[str, float] = field(default_factory=lambda: {"build": 0.5})
-    calls_per_s_factor: int = 2
+    samples_per_call: int = 2
 
     def call(self, index: int) -> None:
         time.sleep(0.001)

@@ -51,7 +51,7 @@ _KERNELS = {
 # PyTorch prefers cuDNN on Hopper. For the few rows of a denoising step flash is faster, since it splits the keys over
 # the multiprocessors: 24 against 39 us for 11 rows on 799 keys, 14 against 29 us for 50 on 1018. For the 788 rows of
 # the prefill cuDNN is: 27 against 42 us (H200, torch 2.11, 2026-11-24; experiments/results/sdpa_layouts).
-_FEW_ROWS = [
+_FLASH_FIRST = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -102,7 +102,7 @@ def _kernels(backend: Backend, few_rows: bool) -> AbstractContextManager[object]
     """Which kernels may run."""
     if backend is not Backend.auto:
         return sdpa_kernel(_FIXED[backend])
-    return sdpa_kernel(_FEW_ROWS, set_priority=True) if few_rows else sdpa_kernel(_FEW_ROWS)
+    return sdpa_kernel(_FLASH_FIRST, set_priority=few_rows)
 
 
 def _attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visible: Tensor | None) -> Tensor:
