@@ -140,7 +140,8 @@ def measured(shape: Shape) -> list[dict[str, object]]:
         real = torch.ones(1, shape.prefix, dtype=torch.bool, device="cuda")
         mask = suffix_mask(real, shape.rows, full=True, blind=shape.blind)
     visible = mask.visible() if mask is not None and shape.blind else None
-    truth = eager_attend(q_BTNH.float(), k_BSKH.float(), v_BSKH.float(), mask)
+    scale = shape.head_dim**-0.5
+    truth = eager_attend(q_BTNH.float(), k_BSKH.float(), v_BSKH.float(), mask, scale)
 
     def row(form: str, backend: str, call: Callable[[], Tensor]) -> dict[str, object]:
         at = {"shape": shape.name, "form": form, "backend": backend}
@@ -150,7 +151,7 @@ def measured(shape: Shape) -> list[dict[str, object]]:
         except RuntimeError as refused:
             return at | {"refused": str(refused).splitlines()[0]}
 
-    found = [row("eager", "-", lambda: eager_attend(q_BTNH, k_BSKH, v_BSKH, mask))]
+    found = [row("eager", "-", lambda: eager_attend(q_BTNH, k_BSKH, v_BSKH, mask, scale))]
     forms = {name: (form, visible) for name, form in FORMS.items()}
     if shape.blind:
         forms |= {f"{name}, first row apart": (apart(form), None) for name, form in FORMS.items()}

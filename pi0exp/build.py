@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import torch
+
 from pi0exp.config import Stack
 from pi0exp.option import Numerics, Option
 from pi0exp.policy import Policy
@@ -18,7 +20,8 @@ def apply_stack(policy: Policy, stack: Stack) -> Iterator[tuple[str, Option]]:
     """
     for group, option in stack.options():
         policy.begin(group)
-        option.apply(policy)
+        with torch.no_grad():
+            option.apply(policy)
         if group in policy.applied:
             yield group, max((part for _, part in option.parts()), key=lambda part: part.numerics.rank)
 
@@ -43,4 +46,4 @@ def bound(stack: Stack) -> float | None:
 
 def proofs(stack: Stack) -> list[tuple[str, str]]:
     """What a GPU profile must show of every option that can be shown."""
-    return [(group, pattern) for group, option in stack.parts() if (pattern := option.proof())]
+    return [(group, pattern) for group, option in stack.parts() for pattern in option.proofs()]

@@ -26,7 +26,10 @@ class Device(StrEnum):
 
 @dataclass(frozen=True)
 class MeasureConfig:
-    """How long and how often (`conf/measure/`). Durations in seconds, the rest are counts of calls."""
+    """How long and how often (`conf/measure/`). Durations in seconds, the rest are counts of calls.
+
+    explain: say what a measurement would do, and stop.
+    """
 
     device: Device = Device.auto
     inputs: int = 8
@@ -39,6 +42,7 @@ class MeasureConfig:
     profile_calls: int = 3
     ceilings_s: float = 2.0
     timeout_s: float = 3600.0
+    explain: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -90,9 +94,9 @@ class Weights:
 class Stack:
     """The optimization stack. The fields are applied in the order they stand in."""
 
-    precision: Option  # in which numbers
     image_masking: Option  # what is computed at all
     fusion: Option  # which weights and operations become one
+    precision: Option  # in which numbers; converts the weights that there are then
     gemm: Option  # who multiplies; sees the fused weights
     attention: Option  # who mixes
     compile_mode: Option  # traces all of the above

@@ -97,6 +97,10 @@ class Option:
         """
         return ""
 
+    def proofs(self) -> list[str]:
+        """All such expressions, where one does not do; each must match."""
+        return [pattern] if (pattern := self.proof()) else []
+
     def unmet(self, machine: Machine) -> list[str]:
         """Why it cannot run on `machine`; for options whose needs depend on their settings to extend."""
         return self.requires.unmet(machine)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ Prepare = Callable[[Observation], Observation]
 DeviceCall = Callable[[Observation, Tensor], Tensor]
 Counters = Callable[[], dict[str, float]]
 
-STAGE_METHODS = {"vision": "embed_prefix", "prefill": "prefill", "denoise": "denoise_step"}
-"""The method of `Pi0` that computes a stage."""
+Attachments = Callable[[], dict[str, str]]
+
+STAGE_METHODS = {"vision": ("embed_prefix",), "prefill": ("prefill",), "denoise": ("begin", "denoise_step")}
+"""The methods of `Pi0` that compute a stage."""
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Policy:
     _prepare: list[Prepare] = field(default_factory=list)
     _call: DeviceCall | None = None
     _counters: list[Counters] = field(default_factory=list)
+    _attachments: list[Attachments] = field(default_factory=list)
     _group: str = ""
 
     @property
@@ -88,6 +92,10 @@ class Policy:
         """What the options counted so far: captures, replays, recompilations."""
         return {name: value for counters in self._counters for name, value in counters().items()}
 
+    def attachments(self) -> dict[str, str]:
+        """File name -> text that the options want kept with the result, such as a tuned table."""
+        return {name: text for attachments in self._attachments for name, text in attachments().items()}
+
     # ---- how options change it
 
     def begin(self, group: str) -> None:
@@ -108,13 +116,24 @@ class Policy:
         return [module for name, module in model.named_children() if name not in inside]
 
     def fill(self, kind: type[nn.Module], slot: str, function: Any, stages: tuple[str, ...], what: str) -> None:
-        """Set the slot of every instance of `kind` in `stages` to `function`; raises if there is none."""
+        """Set the slot of every instance of `kind` in `stages` to `function`; raises if a stage has none."""
+        self.fill_each(kind, slot, lambda module: function, stages, what)
+
+    def fill_each(
+        self,
+        kind: type[nn.Module],
+        slot: str,
+        factory: Callable[[Any], Any],
+        stages: tuple[str, ...],
+        what: str,
+    ) -> None:
+        """The same with a function for each module: `factory(module)`, or None to leave that module as it is."""
         counts: Counter[str] = Counter()
         for stage in stages:
-            for module in (m for root in self.stage_modules(stage) for m in root.modules()):
-                if isinstance(module, kind):
-                    if not hasattr(module, slot):
-                        raise AttributeError(f"{type(module).__name__} has no slot {slot!r}")
+            for module in self.instances(kind, stage):
+                if not hasattr(module, slot):
+                    raise AttributeError(f"{type(module).__name__} has no slot {slot!r}")
+                if (function := factory(module)) is not None:
                     setattr(module, slot, function)
                     counts[stage] += 1
         for stage in stages:
@@ -122,11 +141,34 @@ class Policy:
                 raise LookupError(f"{self._group}: {what} found no {kind.__name__}.{slot} to fill in {stage}")
             self.note(f"{stage}: {counts[stage]} {kind.__name__}.{slot} -> {what}")
 
+    def fill_model(self, slot: str, function: Any, what: str) -> None:
+        """Set a slot of the model itself."""
+        if not hasattr(self.model, slot):
+            raise AttributeError(f"{type(self.model).__name__} has no slot {slot!r}")
+        setattr(self.model, slot, function)
+        self.note(f"Pi0.{slot} -> {what}")
+
+    def instances(self, kind: type[nn.Module], stage: str) -> list[Any]:
+        """All modules of `kind` in a stage."""
+        return [m for root in self.stage_modules(stage) for m in root.modules() if isinstance(m, kind)]
+
     def wrap_stage(self, stage: str, wrapper: Callable[[Any], Any], what: str) -> None:
-        """Replace the function that computes a stage by `wrapper` of it."""
-        name = STAGE_METHODS[stage]
-        setattr(self.model, name, wrapper(getattr(self.model, name)))
-        self.note(f"{stage}: Pi0.{name} -> {what}")
+        """Replace each function that computes a stage by `wrapper` of it."""
+        for name in STAGE_METHODS[stage]:
+            setattr(self.model, name, wrapper(getattr(self.model, name)))
+            self.note(f"{stage}: Pi0.{name} -> {what}")
+
+    def wrap_blocks(self, stage: str, wrapper: Callable[[Any], Any], what: str) -> None:
+        """Replace the forward of each transformer block of a stage; blocks of one class share one wrapped function.
+
+        wrapper: (function of the block and its arguments) -> a function that computes the same.
+        """
+        stacks = {"vision": self.model.vision, "prefill": self.model.paligemma, "denoise": self.model.expert}
+        blocks: list[Any] = list(stacks[stage].get_submodule("blocks").children())
+        wrapped = {kind: wrapper(kind.forward) for kind in dict.fromkeys(type(block) for block in blocks)}
+        for block in blocks:
+            block.forward = partial(wrapped[type(block)], block)
+        self.note(f"{stage}: {len(blocks)} blocks -> {what}")
 
     def wrap_call(self, wrapper: Callable[[DeviceCall], DeviceCall], what: str) -> None:
         """Replace the device part of a call by `wrapper` of it."""
@@ -137,6 +179,10 @@ class Policy:
         """Pass every observation through `prepare` before the device part."""
         self._prepare.append(prepare)
         self.note(f"observation -> {what}")
+
+    def attach_with(self, attachments: Attachments) -> None:
+        """Keep these texts with the result, asked for when everything was measured."""
+        self._attachments.append(attachments)
 
     def count_with(self, counters: Counters) -> None:
         """Report these counters in the result."""

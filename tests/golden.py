@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pi0exp.model.config import CAMERAS, GemmaConfig, ModelConfig, VisionConfig
 from pi0exp.model.names import openpi_name
 from pi0exp.model.observation import Observation, observation_from_arrays
-from pi0exp.model.pi0 import Pi0
+from pi0exp.model.pi0 import Context, Pi0
 from pi0exp.model.precision import FP32, Precision
 
 ROOT = Path(__file__).parent / "data" / "golden"
@@ -172,9 +172,9 @@ def trace(model: Pi0, observation: Observation, noise_BCA: Tensor, num_steps: in
     steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     denoise_step = model.denoise_step
 
-    def spy_step(x_BCA: Tensor, time_B: Tensor, state_BA: Tensor, cache: list, valid_BS: Tensor, full: bool) -> Tensor:
-        v_BCA = denoise_step(x_BCA, time_B, state_BA, cache, valid_BS, full)
-        steps.append((x_BCA, time_B, valid_BS, v_BCA))
+    def spy_step(x_BCA: Tensor, time_B: Tensor, context: Context) -> Tensor:
+        v_BCA = denoise_step(x_BCA, time_B, context)
+        steps.append((x_BCA, time_B, context.valid_BS, v_BCA))
         return v_BCA
 
     def spy(name: str) -> object:
@@ -209,7 +209,7 @@ def trace(model: Pi0, observation: Observation, noise_BCA: Tensor, num_steps: in
         f"image_embeds.{camera}": output
         for camera, (_, output) in zip(observation.images, calls["vision"], strict=True)
     }
-    for which, (k_BSKH, v_BSKH) in (("first", caches[0]), ("last", caches[-1])):
+    for which, (k_BSKH, v_BSKH, _) in (("first", caches[0]), ("last", caches[-1])):
         found |= {f"prefix_k.{which}": k_BSKH, f"prefix_v.{which}": v_BSKH}
     suffixes = {
         which: (calls["expert"][i][0][0], calls["expert"][i][0][4]) for which, i in (("first", 0), ("last", -1))

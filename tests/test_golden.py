@@ -78,9 +78,10 @@ class Stages:
 
     def velocity(self, step: int) -> Tensor:
         with torch.inference_mode():
-            return self.model.denoise_step(
-                *self.at(step), self.observation.state_BA, self.cache, self.valid_BS, self.full
-            )
+            x_BCA, time_B = self.at(step)
+            state_BA, horizon = self.observation.state_BA, x_BCA.shape[1]
+            context = self.model.begin(self.cache, self.valid_BS, state_BA, horizon, self.full)
+            return self.model.denoise_step(x_BCA, time_B, context)
 
 
 @pytest.fixture(params=FP32_CASES, scope="module")
@@ -109,7 +110,7 @@ def test_real_prefix_tokens_see_each_other(stages: Stages):
 
 @pytest.mark.parametrize(("which", "layer"), [("first", 0), ("last", -1)])
 def test_prefill_makes_keys_and_values(stages: Stages, which: str, layer: int):
-    k_BSKH, v_BSKH = stages.cache[layer]
+    k_BSKH, v_BSKH, _ = stages.cache[layer]
     stages.check(f"prefix_k.{which}", k_BSKH)
     stages.check(f"prefix_v.{which}", v_BSKH)
 

@@ -30,10 +30,10 @@ from golden import (
 )
 from torch import Tensor, nn
 
-from pi0exp.model import gemma, pi0
+from pi0exp.model import gemma, layers, pi0
 from pi0exp.model.config import CAMERAS
-from pi0exp.model.gemma import GemmaAttention, add_gated
-from pi0exp.model.layers import AdaRMSNorm, GatedMlp, RMSNorm, eager_attend, plain_normalize, rotate
+from pi0exp.model.gemma import GemmaAttention
+from pi0exp.model.layers import AdaRMSNorm, GatedMlp, RMSNorm, add_branch, eager_attend, plain_normalize, rotate
 from pi0exp.model.mask import Mask, prefix_mask, suffix_mask
 from pi0exp.model.observation import Observation
 from pi0exp.model.pi0 import Pi0, prefix_positions, step_size, suffix_positions, time_embedding, timesteps
@@ -157,23 +157,23 @@ def _(patch: Patch, model: Pi0, given: Observation) -> Observation:
 
 @mistake("no masks at all")
 def _(patch: Patch, model: Pi0, given: Observation) -> None:
-    patch(pi0, "prefix_mask", lambda valid, full: prefix_mask(torch.ones_like(valid), True))
-    patch(pi0, "suffix_mask", lambda valid, T, full, blind: suffix_mask(torch.ones_like(valid), T, True, False))
+    patch(model, "mask_prefix", lambda valid, full: prefix_mask(torch.ones_like(valid), True))
+    patch(model, "mask_suffix", lambda valid, T, full, blind: suffix_mask(torch.ones_like(valid), T, True, False))
 
 
 @mistake("prefix attends to padding and absent cameras")
 def _(patch: Patch, model: Pi0, given: Observation) -> None:
-    patch(pi0, "prefix_mask", lambda valid, full: prefix_mask(torch.ones_like(valid), True))
+    patch(model, "mask_prefix", lambda valid, full: prefix_mask(torch.ones_like(valid), True))
 
 
 @mistake("steps attend to padding and absent cameras")
 def _(patch: Patch, model: Pi0, given: Observation) -> None:
-    patch(pi0, "suffix_mask", lambda valid, T, full, blind: suffix_mask(torch.ones_like(valid), T, True, blind))
+    patch(model, "mask_suffix", lambda valid, T, full, blind: suffix_mask(torch.ones_like(valid), T, True, blind))
 
 
 @mistake("causal mask in the prefix")
 def _(patch: Patch, model: Pi0, given: Observation) -> None:
-    patch(pi0, "prefix_mask", lambda valid, full: seeing(prefix_mask(valid, full), torch.tril))
+    patch(model, "mask_prefix", lambda valid, full: seeing(prefix_mask(valid, full), torch.tril))
 
 
 @mistake("causal mask among actions")
@@ -181,12 +181,12 @@ def _(patch: Patch, model: Pi0, given: Observation) -> None:
     def causal(valid_BS: Tensor, tokens: int, full: bool, blind: bool) -> Mask:
         return seeing(suffix_mask(valid_BS, tokens, full, blind), lambda seen: seen.tril(valid_BS.shape[1]))
 
-    patch(pi0, "suffix_mask", causal)
+    patch(model, "mask_suffix", causal)
 
 
 @mistake("pi0: state token sees the actions")
 def _(patch: Patch, model: Pi0, given: Observation) -> None:
-    patch(pi0, "suffix_mask", lambda valid, T, full, blind: suffix_mask(valid, T, full, False))
+    patch(model, "mask_suffix", lambda valid, T, full, blind: suffix_mask(valid, T, full, False))
 
 
 @mistake("last valid prefix token hidden from the prefix")
@@ -194,12 +194,12 @@ def _(patch: Patch, model: Pi0, given: Observation) -> None:
     def narrowed(valid_BS: Tensor, full: bool) -> Mask:
         return seeing(prefix_mask(valid_BS, full), lambda seen: seen & ~last_real(valid_BS)[:, None, :])
 
-    patch(pi0, "prefix_mask", narrowed)
+    patch(model, "mask_prefix", narrowed)
 
 
 @mistake("last valid prefix token hidden from the suffix")
 def _(patch: Patch, model: Pi0, given: Observation) -> None:
-    patch(pi0, "suffix_mask", lambda valid, T, full, blind: suffix_mask(valid & ~last_real(valid), T, full, blind))
+    patch(model, "mask_suffix", lambda valid, T, full, blind: suffix_mask(valid & ~last_real(valid), T, full, blind))
 
 
 # ---- positions
@@ -272,7 +272,7 @@ def _(patch: Patch, model: Pi0, given: Observation) -> None:
 
 @mistake("attention scale 2 % off")
 def _(patch: Patch, model: Pi0, given: Observation) -> None:
-    fill(patch, model, GemmaAttention, "attend", lambda q, k, v, mask: eager_attend(1.02 * q, k, v, mask))
+    fill(patch, model, GemmaAttention, "attend", lambda q, *rest: eager_attend(1.02 * q, *rest))
 
 
 @mistake("cache layers shifted by one")
@@ -289,7 +289,13 @@ def _(patch: Patch, model: Pi0, given: Observation) -> None:
 
 @mistake("RMSNorm w instead of 1 + w")
 def _(patch: Patch, model: Pi0, given: Observation) -> None:
-    fill(patch, model, RMSNorm, "normalize", lambda x, scale, shift, eps: plain_normalize(x, scale - 1, shift, eps))
+    fill(
+        patch,
+        model,
+        RMSNorm,
+        "normalize",
+        lambda x, branch, gate, scale, *rest: plain_normalize(x, branch, gate, scale - 1, *rest),
+    )
 
 
 @mistake("all eps 1e-5 instead of 1e-6")
@@ -300,22 +306,34 @@ def _(patch: Patch, model: Pi0, given: Observation) -> None:
 
 @mistake("adaRMS scale and shift swapped")
 def _(patch: Patch, model: Pi0, given: Observation) -> None:
-    fill(patch, model, AdaRMSNorm, "normalize", lambda x, scale, shift, eps: plain_normalize(x, shift, scale, eps))
+    fill(
+        patch,
+        model,
+        AdaRMSNorm,
+        "normalize",
+        lambda x, b, g, scale, shift, eps: plain_normalize(x, b, g, shift, scale, eps),
+    )
 
 
 @mistake("adaRMS scale instead of 1 + scale")
 def _(patch: Patch, model: Pi0, given: Observation) -> None:
-    fill(patch, model, AdaRMSNorm, "normalize", lambda x, scale, shift, eps: plain_normalize(x, scale - 1, shift, eps))
+    fill(
+        patch,
+        model,
+        AdaRMSNorm,
+        "normalize",
+        lambda x, branch, gate, scale, *rest: plain_normalize(x, branch, gate, scale - 1, *rest),
+    )
 
 
 @mistake("adaRMS 1 + gate")
 def _(patch: Patch, model: Pi0, given: Observation) -> None:
-    patch(gemma, "add_gated", lambda x, branch, gate: add_gated(x, branch, None if gate is None else 1 + gate))
+    patch(layers, "add_branch", lambda x, branch, gate: add_branch(x, branch, None if gate is None else 1 + gate))
 
 
 @mistake("adaRMS without gate")
 def _(patch: Patch, model: Pi0, given: Observation) -> None:
-    patch(gemma, "add_gated", lambda x, branch, gate: add_gated(x, branch, None))
+    patch(layers, "add_branch", lambda x, branch, gate: add_branch(x, branch, None))
 
 
 # ---- vision and text
@@ -349,7 +367,10 @@ def _(patch: Patch, model: Pi0, given: Observation) -> None:
 
 @mistake("no post_layernorm")
 def _(patch: Patch, model: Pi0, given: Observation) -> None:
-    model.vision.norm = nn.Identity()
+    def summed(x_BPD: Tensor, branch_BPD: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+        return x_BPD + branch_BPD, x_BPD + branch_BPD
+
+    patch(model.vision.norm, "normalize", summed)
 
 
 @mistake("erf GELU in SigLIP")

@@ -220,7 +220,7 @@ def test_fill_that_finds_nothing_is_an_error():
         policy.fill(Attention, "mix", eager_attend, STAGES, "a toy")
     # The patches of the vision tower are the only convolution: found there, and missed elsewhere.
     with pytest.raises(LookupError, match="to fill in prefill"):
-        policy.fill(nn.Conv2d, "bias", None, ("vision", "prefill"), "a toy")
+        policy.fill(nn.Conv2d, "padding_mode", "zeros", ("vision", "prefill"), "a toy")
 
 
 # ---- options that do not keep their word
@@ -249,7 +249,7 @@ class Approximate(Scaled):
     numerics = Numerics.APPROXIMATE
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Mask | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Mask | None, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -276,19 +276,19 @@ class Eps(Option):
         policy.note("eps 1e-5")
 
 
-def blind_to_masks(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Mask | None) -> Tensor:
-    return eager_attend(q_BTNH, k_BSKH, v_BSKH, None)
+def blind_to_masks(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Mask | None, scale: float) -> Tensor:
+    return eager_attend(q_BTNH, k_BSKH, v_BSKH, None, scale)
 
 
-def blind_to_padding(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Mask | None) -> Tensor:
+def blind_to_padding(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Mask | None, scale: float) -> Tensor:
     """Knows which tokens the state token may see, but takes padding and absent cameras for real."""
     if mask is not None:
         mask = Mask(torch.ones_like(mask.keys_BS), mask.num_queries, full=True, blind=mask.blind)
-    return eager_attend(q_BTNH, k_BSKH, v_BSKH, mask)
+    return eager_attend(q_BTNH, k_BSKH, v_BSKH, mask, scale)
 
 
 def scaled_by(factor: float) -> Attend:
-    return lambda q, k, v, mask: eager_attend(factor * q, k, v, mask)
+    return lambda q, *rest: eager_attend(factor * q, *rest)
 
 
 def wrong(model: str, *words: str, **options: Option) -> list[str]:

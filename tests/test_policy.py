@@ -320,10 +320,10 @@ Change = Callable[[Tensor], Tensor]
 
 
 def broken(mistake: Change) -> tuple[Policy, Observation, Tensor]:
-    """A policy on the meta device whose steps go through `mistake`, and what to call it with."""
+    """A policy on the meta device whose actions go through `mistake`, and what to call it with."""
     policy = on_meta(tiny_policy())
     policy.begin("toy")
-    policy.wrap_stage("denoise", lambda step: lambda *args: mistake(step(*args)), "a toy")
+    policy.wrap_call(lambda call: lambda *args: mistake(call(*args)), "a toy")
     return policy, tiny_observation().to("meta"), torch.zeros(1, 10, 32, device="meta")
 
 
@@ -372,10 +372,9 @@ def test_stages_called_one_by_one_make_the_actions(pi05: bool):
     prefix_BSD, valid_BS = model.embed_prefix(images, masks, given.prompt_BL, given.prompt_mask_BL)
     cache = model.prefill(prefix_BSD, valid_BS, given.structure.full)
     x_BCA = noise_BCA
+    context = model.begin(cache, valid_BS, given.state_BA, policy.horizon, given.structure.full)
     for time in timesteps(policy.num_steps):
-        velocity_BCA = model.denoise_step(
-            x_BCA, torch.full((2,), time), given.state_BA, cache, valid_BS, given.structure.full
-        )
+        velocity_BCA = model.denoise_step(x_BCA, torch.full((2,), time), context)
         x_BCA = x_BCA + step_size(policy.num_steps) * velocity_BCA
     assert torch.equal(x_BCA, policy.sample_actions(given, noise_BCA))
 
@@ -386,7 +385,7 @@ def test_wrapped_stage_is_called(stage: str):
     policy.begin("toy")
     policy.wrap_stage(stage, lambda function: lambda *args: calls.append(stage) or function(*args), "a toy")
     policy.sample_actions(tiny_observation())
-    assert len(calls) == (policy.num_steps if stage == "denoise" else 1)
+    assert len(calls) == (1 + policy.num_steps if stage == "denoise" else 1)
     assert policy.applied["toy"][0].startswith(f"{stage}: Pi0.")
 
 

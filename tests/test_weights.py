@@ -57,7 +57,7 @@ def measured_logits(model: Pi0) -> Iterator[dict[str, list[float]]]:
     stds: dict[str, list[float]] = {stack: [] for stack in STACKS}
 
     def measuring(stack: str):
-        def attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Mask | None) -> Tensor:
+        def attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Mask | None, scale: float) -> Tensor:
             N, H = q_BTNH.shape[2:]
             k_BSNH = k_BSKH.repeat_interleave(N // k_BSKH.shape[2], dim=2)
             logits_BNTS = torch.einsum("btnh,bsnh->bnts", q_BTNH, k_BSNH) * H**-0.5
@@ -66,7 +66,7 @@ def measured_logits(model: Pi0) -> Iterator[dict[str, list[float]]]:
                 logits_BNTS = logits_BNTS.masked_fill(~mask.visible()[:, None], torch.nan)
             mean_BNT1 = logits_BNTS.nanmean(dim=-1, keepdim=True)
             stds[stack].append((logits_BNTS - mean_BNT1).square().nanmean(dim=-1).sqrt().mean().item())
-            return eager_attend(q_BTNH, k_BSKH, v_BSKH, mask)
+            return eager_attend(q_BTNH, k_BSKH, v_BSKH, mask, scale)
 
         return attend
 

@@ -83,19 +83,30 @@ class Sdpa(StagedOption):
 
 
 def sdpa_attend(
-    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Mask | None, *, backend: Backend, few_rows: bool
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    mask: Mask | None,
+    scale: float,
+    *,
+    backend: Backend,
+    few_rows: bool,
 ) -> Tensor:
     """The slot `attend`. Rows of padded queries see the real keys, not all keys; nothing ever reads them."""
     with _kernels(backend, few_rows):
+        if mask is not None and mask.causal:
+            # What published stacks pass: PyTorch aligns it at the first key, so it is the same as `visible()`.
+            assert mask.full
+            return _attend(q_BTNH, k_BSKH, v_BSKH, None, scale, causal=True)
         if mask is None or (mask.full and not mask.blind):
-            return _attend(q_BTNH, k_BSKH, v_BSKH, None)
+            return _attend(q_BTNH, k_BSKH, v_BSKH, None, scale)
         if not mask.blind:
-            return _attend(q_BTNH, k_BSKH, v_BSKH, mask.keys_BS[:, None, None, :])
+            return _attend(q_BTNH, k_BSKH, v_BSKH, mask.keys_BS[:, None, None, :], scale)
         if not mask.full:
-            return _attend(q_BTNH, k_BSKH, v_BSKH, mask.visible()[:, None])
+            return _attend(q_BTNH, k_BSKH, v_BSKH, mask.visible()[:, None], scale)
         seen = k_BSKH.shape[1] - mask.num_queries + 1
-        first_B1NH = _attend(q_BTNH[:, :1], k_BSKH[:, :seen], v_BSKH[:, :seen], None)
-        return torch.cat([first_B1NH, _attend(q_BTNH[:, 1:], k_BSKH, v_BSKH, None)], dim=1)
+        first_B1NH = _attend(q_BTNH[:, :1], k_BSKH[:, :seen], v_BSKH[:, :seen], None, scale)
+        return torch.cat([first_B1NH, _attend(q_BTNH[:, 1:], k_BSKH, v_BSKH, None, scale)], dim=1)
 
 
 def _kernels(backend: Backend, few_rows: bool) -> AbstractContextManager[object]:
@@ -105,11 +116,15 @@ def _kernels(backend: Backend, few_rows: bool) -> AbstractContextManager[object]
     return sdpa_kernel(_FLASH_FIRST, set_priority=few_rows)
 
 
-def _attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visible: Tensor | None) -> Tensor:
+def _attend(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, visible: Tensor | None, scale: float, causal: bool = False
+) -> Tensor:
     """One attention; `visible` is bool, broadcastable to [B, N, T, S]. A shared key/value head is not copied."""
     B, S, K, H = k_BSKH.shape
     N = q_BTNH.shape[2]
     k_BNSH, v_BNSH = (
         x_BSKH.transpose(1, 2)[:, :, None].expand(B, K, N // K, S, H).reshape(B, N, S, H) for x_BSKH in (k_BSKH, v_BSKH)
     )
-    return F.scaled_dot_product_attention(q_BTNH.transpose(1, 2), k_BNSH, v_BNSH, attn_mask=visible).transpose(1, 2)
+    q_BNTH = q_BTNH.transpose(1, 2)
+    out_BNTH = F.scaled_dot_product_attention(q_BNTH, k_BNSH, v_BNSH, visible, is_causal=causal, scale=scale)
+    return out_BNTH.transpose(1, 2)

@@ -3,24 +3,72 @@
 Shapes: B batch, T query tokens, S cached tokens, N query heads, K key/value heads, H head dim, D width.
 """
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 from torch import Tensor, cat, nn
 
 from pi0exp.model.config import GemmaConfig, ModelConfig
-from pi0exp.model.layers import AdaRMSNorm, Attention, GatedMlp, Linear, RMSNorm, rotate
+from pi0exp.model.layers import (
+    AdaRMSNorm,
+    Attention,
+    Branch,
+    GatedMlp,
+    JoinFn,
+    Linear,
+    RMSNorm,
+    plain_join,
+    rotate,
+)
 from pi0exp.model.mask import Mask
 
-LayerCache = tuple[Tensor, Tensor]
-"""Keys (after RoPE) and values of one layer, each [B, S, K, H]."""
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of the tokens' positions, from `Rope`."""
 
 
+class LayerCache(NamedTuple):
+    """Keys (after RoPE) and values of one layer, each [B, S, K, H].
+
+    room: the larger buffers [B, R, K, H] of which they are the first S rows, where tokens to come are written behind
+    them in place; None where keys and values are put together anew.
+    """
+
+    k_BSKH: Tensor
+    v_BSKH: Tensor
+    room: tuple[Tensor, Tensor] | None = None
+
+
+def plain_project(
+    attention: "GemmaAttention", x_BTD: Tensor, rotation: Rotation, prefix: LayerCache | None
+) -> tuple[Tensor, LayerCache]:
+    """Rotated queries [B, T, N, H], and keys and values behind those of the prefix."""
+    linears = (attention.q, attention.k, attention.v)
+    q_BTNH, k_BTKH, v_BTKH = (linear(x_BTD).unflatten(-1, (-1, attention.head_dim)) for linear in linears)
+    return rotate(q_BTNH, *rotation), extend(prefix, rotate(k_BTKH, *rotation), v_BTKH)
+
+
+def extend(prefix: LayerCache | None, k_BTKH: Tensor, v_BTKH: Tensor) -> LayerCache:
+    """The cache with these keys and values behind it."""
+    if prefix is None:
+        return LayerCache(k_BTKH, v_BTKH)
+    return LayerCache(cat([prefix.k_BSKH, k_BTKH], dim=1), cat([prefix.v_BSKH, v_BTKH], dim=1))
+
+
+ProjectFn = Callable[["GemmaAttention", Tensor, Rotation, LayerCache | None], tuple[Tensor, LayerCache]]
+
+
 class GemmaAttention(Attention):
-    """Grouped-query attention with RoPE; keys and values of the prefix, if given, stand before the tokens' own."""
+    """Grouped-query attention with RoPE, up to the output matrix, which is left to the block.
+
+    Slot `project`: (attention, x, rotation, prefix or None) -> (queries, cache that they see).
+    """
+
+    project: ProjectFn = staticmethod(plain_project)
+    qkv: Linear  # in the place of q, k and v where they are merged
 
     def __init__(self, stack: GemmaConfig, config: ModelConfig):
-        super().__init__()
-        self.head_dim = config.head_dim
+        super().__init__(config.head_dim)
+        self.num_kv_heads = config.num_kv_heads
         self.q = Linear(stack.width, config.num_heads * config.head_dim, bias=False)
         self.k = Linear(stack.width, config.num_kv_heads * config.head_dim, bias=False)
         self.v = Linear(stack.width, config.num_kv_heads * config.head_dim, bias=False)
@@ -29,16 +77,17 @@ class GemmaAttention(Attention):
     def forward(
         self, x_BTD: Tensor, rotation: Rotation, mask: Mask, prefix: LayerCache | None
     ) -> tuple[Tensor, LayerCache]:
-        q_BTNH, k_BTKH, v_BTKH = (f(x_BTD).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))
-        q_BTNH, k_BTKH = rotate(q_BTNH, *rotation), rotate(k_BTKH, *rotation)
-        if prefix is not None:
-            k_BTKH, v_BTKH = cat([prefix[0], k_BTKH], dim=1), cat([prefix[1], v_BTKH], dim=1)
-        mixed_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, mask)
-        return self.out(mixed_BTNH.flatten(2)), (k_BTKH, v_BTKH)
+        q_BTNH, cache = self.project(self, x_BTD, rotation, prefix)
+        return self.attend(q_BTNH, cache.k_BSKH, cache.v_BSKH, mask, self.scale).flatten(2), cache
 
 
 class GemmaBlock(nn.Module):
-    """Attention and MLP, each behind a norm; an adaptive norm also gates the branch behind it."""
+    """Attention and MLP, each behind a norm that adds the branch before it; an adaptive norm also gates its own.
+
+    Slot `join`: (output matrix, its input, x, gate) -> (x, branch).
+    """
+
+    join: JoinFn = staticmethod(plain_join)
 
     def __init__(self, stack: GemmaConfig, config: ModelConfig, adaptive: bool):
         super().__init__()
@@ -49,35 +98,48 @@ class GemmaBlock(nn.Module):
         self.mlp = GatedMlp(stack.width, stack.mlp_dim)
 
     def forward(
-        self, x_BTD: Tensor, rotation: Rotation, mask: Mask, prefix: LayerCache | None, cond_BD: Tensor | None
-    ) -> tuple[Tensor, LayerCache]:
-        normed_BTD, gate_B1D = self.norm1(x_BTD, cond_BD)
-        branch_BTD, cache = self.attention(normed_BTD, rotation, mask, prefix)
-        x_BTD = add_gated(x_BTD, branch_BTD, gate_B1D)
-        normed_BTD, gate_B1D = self.norm2(x_BTD, cond_BD)
-        return add_gated(x_BTD, self.mlp(normed_BTD), gate_B1D), cache
+        self,
+        x_BTD: Tensor,
+        branch: Branch | None,
+        rotation: Rotation,
+        mask: Mask,
+        prefix: LayerCache | None,
+        cond: Tensor | None,
+    ) -> tuple[Tensor, Branch | None, LayerCache]:
+        """The residual stream, the branch that is still to be added to it, and the cache of this layer."""
+        x_BTD, normed_BTD, gate_B1D = self.norm1(x_BTD, branch, cond)
+        mixed_BTE, cache = self.attention(normed_BTD, rotation, mask, prefix)
+        x_BTD, branch = self.join(self.attention.out, mixed_BTE, x_BTD, gate_B1D)
+        x_BTD, normed_BTD, gate_B1D = self.norm2(x_BTD, branch, cond)
+        x_BTD, branch = self.join(self.mlp.down, self.mlp(normed_BTD), x_BTD, gate_B1D)
+        return x_BTD, branch, cache
 
 
-def add_gated(x_BTD: Tensor, branch_BTD: Tensor, gate_B1D: Tensor | None) -> Tensor:
-    """The residual sum; the raw gate multiplies the branch (no 1 + gate)."""
-    return x_BTD + (branch_BTD if gate_B1D is None else branch_BTD * gate_B1D)
+def same_condition(cond: Tensor | None, count: int) -> list[Tensor | None]:
+    """All norms share one condition."""
+    return [cond] * count
 
 
 class Gemma(nn.Module):
-    """A stack of blocks and a final norm."""
+    """A stack of blocks and a final norm. Slot `conditions`: (condition, count) -> that of each block and the norm."""
+
+    conditions: Callable[[Tensor | None, int], Sequence[Tensor | None]] = staticmethod(same_condition)
 
     def __init__(self, stack: GemmaConfig, config: ModelConfig, adaptive: bool):
         super().__init__()
         self.blocks = nn.ModuleList(GemmaBlock(stack, config, adaptive) for _ in range(stack.depth))
-        self.norm = (AdaRMSNorm if adaptive else RMSNorm)(stack.width, config.norm_eps)
+        self.norm: nn.Module = (AdaRMSNorm if adaptive else RMSNorm)(stack.width, config.norm_eps)
 
     def forward(
-        self, x_BTD: Tensor, rotation: Rotation, mask: Mask, prefix: list[LayerCache] | None, cond_BD: Tensor | None
+        self, x_BTD: Tensor, rotation: Rotation, mask: Mask, prefix: list[LayerCache] | None, cond: Tensor | None
     ) -> tuple[Tensor, list[LayerCache]]:
         """The normed tokens [B, T, D], and of every layer the keys and values that its queries saw."""
         caches: list[LayerCache] = []
+        branch: Branch | None = None
+        conds = self.conditions(cond, len(self.blocks) + 1)
         for i, block in enumerate(self.blocks):
-            x_BTD, cache = block(x_BTD, rotation, mask, None if prefix is None else prefix[i], cond_BD)
+            past = None if prefix is None else prefix[i]
+            x_BTD, branch, cache = block(x_BTD, branch, rotation, mask, past, conds[i])
             caches.append(cache)
-        normed_BTD, _ = self.norm(x_BTD, cond_BD)
+        _, normed_BTD, _ = self.norm(x_BTD, branch, conds[-1])
         return normed_BTD, caches

@@ -1,12 +1,15 @@
 """The parts that the transformers of Pi0 share, with the slots that optimizations fill.
 
-A slot is a function that an instance looks up on itself: `Linear.matmul`, `Attention.attend`, `RMSNorm.normalize`,
-`GatedMlp.activate`. `Policy.fill` sets it on the instances of a stage; nothing else is ever patched.
+A slot is a function that an instance looks up on itself. `Policy.fill` sets it on the instances of a stage; nothing
+else is ever patched. From fine to coarse: `Linear.matmul`, `Attention.attend`, `normalize` of the norms, `activate` and
+`hidden` of the MLPs, `project` of the attentions, `join` of the blocks.
 
-Shapes: B batch, T query tokens, S key tokens, N query heads, K key/value heads, G = N / K, H head dim, D width.
+Shapes: B batch, T query tokens, S key tokens, N query heads, K key/value heads, G = N / K, H head dim, D width,
+F hidden width of an MLP.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +18,17 @@ from torch import Tensor, nn
 from pi0exp.model.mask import Mask
 
 MatmulFn = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-AttendFn = Callable[[Tensor, Tensor, Tensor, Mask | None], Tensor]
-NormalizeFn = Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
+AttendFn = Callable[[Tensor, Tensor, Tensor, Mask | None, float], Tensor]
+
+
+class Branch(NamedTuple):
+    """What a branch of a block adds to the residual stream: value [B, T, D], times the gate [B, 1, D] if there is one.
+
+    It is added by the norm that comes next, so that both can be one operation.
+    """
+
+    value: Tensor
+    gate: Tensor | None
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -33,8 +45,8 @@ class Linear(nn.Linear):
         return self.matmul(x, self.weight, self.bias)
 
 
-def eager_attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Mask | None) -> Tensor:
-    """softmax(q k^T / sqrt(H) + mask) v, each operation by itself, with the original's roundings.
+def eager_attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Mask | None, scale: float) -> Tensor:
+    """softmax(scale q k^T + mask) v, each operation by itself, with the original's roundings.
 
     Scores are rounded to the activations' dtype before and after scaling, the softmax is taken in float32 and its
     probabilities are rounded. Query heads in groups of G share one key/value head.
@@ -42,7 +54,7 @@ def eager_attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Mask | No
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.unflatten(2, (K, N // K))
-    scores_BKGTS = torch.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH) * H**-0.5
+    scores_BKGTS = torch.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH) * scale
     wide = at_least_float32(q_BTNH.dtype)
     if mask is not None:
         scores_BKGTS = scores_BKGTS + mask.additive(wide)[:, None, None]
@@ -51,16 +63,44 @@ def eager_attend(q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, mask: Mask | No
 
 
 class Attention(nn.Module):
-    """Holds the slot `attend`: (q_BTNH, k_BSKH, v_BSKH, mask or None) -> out_BTNH, scaled by H^-0.5."""
+    """Holds the slot `attend`: (q_BTNH, k_BSKH, v_BSKH, mask or None, scale) -> out_BTNH; and that scale, H^-0.5."""
 
     attend: AttendFn = staticmethod(eager_attend)
 
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.head_dim, self.scale = head_dim, head_dim**-0.5
 
-def plain_normalize(x_BTD: Tensor, scale_D: Tensor, shift_D: Tensor | None, eps: float) -> Tensor:
-    """x / rms(x) * (1 + scale) + shift in float32, rounded once. `scale` and `shift` broadcast over tokens."""
+
+def add_branch(x_BTD: Tensor, branch_BTD: Tensor | None, gate_B1D: Tensor | None) -> Tensor:
+    """The residual sum; the raw gate multiplies the branch (no 1 + gate)."""
+    if branch_BTD is None:
+        return x_BTD
+    return x_BTD + (branch_BTD if gate_B1D is None else branch_BTD * gate_B1D)
+
+
+def plain_normalize(
+    x_BTD: Tensor,
+    branch_BTD: Tensor | None,
+    gate_B1D: Tensor | None,
+    scale_D: Tensor,
+    shift_D: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The residual sum x, and x / rms(x) * (1 + scale) + shift in float32, rounded once; both [B, T, D].
+
+    `scale` and `shift` are [D] or [B, 1, D].
+    """
+    x_BTD = add_branch(x_BTD, branch_BTD, gate_B1D)
     x32_BTD = x_BTD.to(at_least_float32(x_BTD.dtype))
     y_BTD = F.rms_norm(x32_BTD, x_BTD.shape[-1:], eps=eps) * (1.0 + scale_D)
-    return (y_BTD if shift_D is None else y_BTD + shift_D).to(x_BTD.dtype)
+    return x_BTD, (y_BTD if shift_D is None else y_BTD + shift_D).to(x_BTD.dtype)
+
+
+NormalizeFn = Callable[
+    [Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None, float],
+    tuple[Tensor, Tensor],
+]
 
 
 class RMSNorm(nn.Module):
@@ -72,26 +112,67 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
 
-    def forward(self, x_BTD: Tensor, cond_BD: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The normalised x, and no gate. `cond_BD` belongs to the adaptive kind and must be None."""
-        assert cond_BD is None
-        return self.normalize(x_BTD, self.weight, None, self.eps), None
+    def forward(self, x_BTD: Tensor, branch: Branch | None, cond: Tensor | None) -> tuple[Tensor, Tensor, None]:
+        """x with the branch added, its norm, and no gate. `cond` belongs to the adaptive kind and must be None."""
+        assert cond is None
+        value_BTD, gate_B1D = branch or (None, None)
+        return *self.normalize(x_BTD, value_BTD, gate_B1D, self.weight, None, self.eps), None
+
+
+def plain_modulate(norm: "AdaRMSNorm", cond_BD: Tensor) -> Tensor:
+    """Scale, shift and gate side by side, [B, 1, 3 D]."""
+    modulation_BE: Tensor = norm.dense(cond_BD)
+    return modulation_BE[:, None, :]
 
 
 class AdaRMSNorm(nn.Module):
-    """Pi0.5's RMSNorm, whose scale, shift and gate come from the timestep. Slot `normalize`."""
+    """Pi0.5's RMSNorm, whose scale, shift and gate come from the timestep.
+
+    Slots `normalize`, and `modulate`: (norm, condition) -> [B, 1, 3 D].
+    """
 
     normalize: NormalizeFn = staticmethod(plain_normalize)
+    modulate: Callable[["AdaRMSNorm", Tensor], Tensor] = staticmethod(plain_modulate)
 
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.dense, self.eps = Linear(width, 3 * width), eps
 
-    def forward(self, x_BTD: Tensor, cond_BD: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The normalised and modulated x, and the gate [B, 1, D] of the branch that follows."""
-        assert cond_BD is not None
-        scale_B1D, shift_B1D, gate_B1D = self.dense(cond_BD)[:, None, :].chunk(3, dim=-1)
-        return self.normalize(x_BTD, scale_B1D, shift_B1D, self.eps), gate_B1D.to(x_BTD.dtype)
+    def forward(self, x_BTD: Tensor, branch: Branch | None, cond: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x with the branch added, its modulated norm, and the gate [B, 1, D] of the branch that follows."""
+        assert cond is not None
+        value_BTD, gate_B1D = branch or (None, None)
+        scale_B1D, shift_B1D, next_B1D = self.modulate(self, cond).chunk(3, dim=-1)
+        x_BTD, y_BTD = self.normalize(x_BTD, value_BTD, gate_B1D, scale_B1D, shift_B1D, self.eps)
+        return x_BTD, y_BTD, next_B1D.to(x_BTD.dtype)
+
+
+def plain_layer_norm(
+    x_BPD: Tensor, branch_BPD: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The residual sum x and its layer norm, both [B, P, D]."""
+    x_BPD = add_branch(x_BPD, branch_BPD, None)
+    return x_BPD, F.layer_norm(x_BPD, weight_D.shape, weight_D, bias_D, eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """SigLIP's norm. Slot `normalize`."""
+
+    normalize: Callable[[Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, Tensor]] = staticmethod(
+        plain_layer_norm
+    )
+
+    def forward(self, x_BPD: Tensor, branch: Branch | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """x with the branch added, and its norm."""
+        return self.normalize(x_BPD, None if branch is None else branch.value, self.weight, self.bias, self.eps)
+
+
+JoinFn = Callable[[nn.Module, Tensor, Tensor, Tensor | None], tuple[Tensor, Branch | None]]
+
+
+def plain_join(linear: nn.Module, hidden_BTE: Tensor, x_BTD: Tensor, gate_B1D: Tensor | None) -> Any:
+    """The end of a branch: (x, branch). A product that adds the residual itself gives (sum, None)."""
+    return x_BTD, Branch(linear(hidden_BTE), gate_B1D)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -104,10 +185,20 @@ def plain_activate(gate: Tensor, up: Tensor) -> Tensor:
     return gelu(gate) * up
 
 
+def plain_gated(mlp: "GatedMlp", x_BTD: Tensor) -> Tensor:
+    """gelu(gate(x)) * up(x), [B, T, F]."""
+    return mlp.activate(mlp.gate(x_BTD), mlp.up(x_BTD))
+
+
 class GatedMlp(nn.Module):
-    """Gemma's MLP: down(gelu(gate(x)) * up(x)). Slot `activate`: (gate, up) -> product."""
+    """Gemma's MLP: down(gelu(gate(x)) * up(x)), of which `down` is left to the block.
+
+    Slots `activate`: (gate, up) -> product; `hidden`: (mlp, x) -> what goes into `down`.
+    """
 
     activate: Callable[[Tensor, Tensor], Tensor] = staticmethod(plain_activate)
+    hidden: Callable[["GatedMlp", Tensor], Tensor] = staticmethod(plain_gated)
+    gate_up: Linear  # in the place of gate and up where they are merged
 
     def __init__(self, width: int, mlp_dim: int):
         super().__init__()
@@ -116,8 +207,7 @@ class GatedMlp(nn.Module):
         self.down = Linear(mlp_dim, width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        down: Tensor = self.down(self.activate(self.gate(x_BTD), self.up(x_BTD)))
-        return down
+        return self.hidden(self, x_BTD)
 
 
 class Rope(nn.Module):

@@ -18,13 +18,21 @@ class Mask:
     full: the host knows that every key is real.
     blind: the first query sees only the keys before the last T and itself; this is how Pi0's state token does not see
         the actions.
+    causal: query t sees key 0 to t and nothing else. The model has no such mask; see `image_masking=ignore`.
     """
 
     def __init__(
-        self, keys_BS: Tensor, num_queries: int, *, full: bool, queries_BT: Tensor | None = None, blind: bool = False
+        self,
+        keys_BS: Tensor,
+        num_queries: int,
+        *,
+        full: bool,
+        queries_BT: Tensor | None = None,
+        blind: bool = False,
+        causal: bool = False,
     ):
         self.keys_BS, self.queries_BT = keys_BS, queries_BT
-        self.num_queries, self.full, self.blind = num_queries, full, blind
+        self.num_queries, self.full, self.blind, self.causal = num_queries, full, blind, causal
         self._visible: Tensor | None = None
         self._additive: Tensor | None = None
 
@@ -36,7 +44,7 @@ class Mask:
                 T, S = self.num_queries, self.keys_BS.shape[1]
                 query_T, key_S = (torch.arange(n, device=self.keys_BS.device) for n in (T, S))
                 seen_BTS = seen_BTS & ~((query_T == 0)[:, None] & (key_S > S - T)[None, :])
-            self._visible = seen_BTS
+            self._visible = seen_BTS.tril() if self.causal else seen_BTS
         return self._visible
 
     def dense(self) -> Tensor:

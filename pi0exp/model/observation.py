@@ -138,6 +138,13 @@ class Observation:
             cameras_present={name: self.cameras_present[name] for name in keep},
         )
 
+    def only_prompt(self, tokens: int) -> "Observation":
+        """The same observation with the first `tokens` columns of the prompt; the others may hold padding only."""
+        if tokens == self.prompt_padded:
+            return self
+        assert tokens >= max(self.prompt_lengths)
+        return replace(self, prompt_BL=self.prompt_BL[:, :tokens], prompt_mask_BL=self.prompt_mask_BL[:, :tokens])
+
     def to(self, device: torch.device | str) -> "Observation":
         return self.with_tensors([tensor.to(device) for tensor in self.tensors()])
 

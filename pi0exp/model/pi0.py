@@ -3,7 +3,8 @@
 Three stages, each callable by itself:
   vision   `embed_prefix`   pictures and prompt -> prefix tokens
   prefill  `prefill`        prefix tokens -> keys and values of every layer
-  denoise  `denoise_step`   noisy actions, time and those keys and values -> velocity, `num_steps` times
+  denoise  `begin`          once: what the steps share
+           `denoise_step`   noisy actions, the moment and what the steps share -> velocity, `num_steps` times
 
 Shapes: B batch, S prefix tokens, L prompt tokens, T suffix tokens, C action horizon, A action dim, D width.
 
@@ -12,15 +13,17 @@ depends on its structure comes as a plain bool.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pi0exp.model.config import ModelConfig
-from pi0exp.model.gemma import Gemma, LayerCache
+from pi0exp.model.gemma import Gemma, LayerCache, Rotation
 from pi0exp.model.layers import Linear, Rope
-from pi0exp.model.mask import prefix_mask, suffix_mask
+from pi0exp.model.mask import Mask, prefix_mask, suffix_mask
 from pi0exp.model.observation import Observation
 from pi0exp.model.precision import Precision
 from pi0exp.model.siglip import Siglip
@@ -48,8 +51,59 @@ def time_embedding(time_B: Tensor, width: int, min_period: float, max_period: fl
     return torch.cat([angle_BF.sin(), angle_BF.cos()], dim=1)
 
 
+class Context(NamedTuple):
+    """What the denoising steps share.
+
+    cache: keys and values of every layer that stand before the suffix. valid_BS: bool, which of them are real.
+    full: the host knows that all of them are. state_BA: the state whose token is the first of the suffix; None where
+    the suffix has none. rotation: cosine and sine of the suffix; None where every step computes them.
+    """
+
+    cache: list[LayerCache]
+    valid_BS: Tensor
+    full: bool
+    state_BA: Tensor | None
+    rotation: Rotation | None = None
+
+
+def each_image(model: "Pi0", images: list[Tensor]) -> list[Tensor]:
+    """One pass of the vision tower a camera: tokens [B, P, D] of each."""
+    return [model.vision(image_BCHW) for image_BCHW in images]
+
+
+def plain_moment(model: "Pi0", index: int, time: float, batch_size: int) -> Tensor:
+    """What step `index` needs to know of its time: the time, float32 [B]."""
+    return torch.full((batch_size,), time, dtype=torch.float32, device=model.rope.inv_freq.device)
+
+
+def plain_embed_actions(model: "Pi0", x_BCA: Tensor, time_B: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The tokens of the noisy actions [B, C, D] and, for Pi0.5, the condition [B, D] of its adaptive norms."""
+    action_BCD = model.action_in_proj(x_BCA)
+    time_BD = model.embed_time(time_B)
+    if model.config.pi05:
+        return action_BCD, model.condition(time_BD)
+    both_BCE = torch.cat([action_BCD, time_BD[:, None, :].expand_as(action_BCD)], dim=-1)
+    return model.action_time_mlp_out(F.silu(model.action_time_mlp_in(both_BCE))), None
+
+
 class Pi0(nn.Module):
-    """Pi0 or Pi0.5, by `config.pi05`."""
+    """Pi0 or Pi0.5, by `config.pi05`.
+
+    Slots of the model itself: `embed_images` (model, pictures) -> tokens of each; `mask_prefix` and `mask_suffix`, as
+    in `mask`; `moment` (model, step, time, batch size) -> what the step is told of it; `embed_actions` (model, noisy
+    actions, moment) -> tokens, condition; `preparations`, each (model, context, horizon) -> context, done by `begin`.
+    """
+
+    embed_images: Callable[["Pi0", list[Tensor]], list[Tensor]] = staticmethod(each_image)
+    mask_prefix: Callable[[Tensor, bool], Mask] = staticmethod(prefix_mask)
+    mask_suffix: Callable[[Tensor, int, bool, bool], Mask] = staticmethod(suffix_mask)
+    moment: Callable[["Pi0", int, float, int], Tensor] = staticmethod(plain_moment)
+    embed_actions: Callable[["Pi0", Tensor, Tensor], tuple[Tensor, Tensor | None]] = staticmethod(plain_embed_actions)
+    preparations: tuple[Callable[["Pi0", Context, int], Context], ...] = ()
+    # Where fusion.rewrites split or tabulate what a step is told of its time.
+    action_half: Linear
+    time_half: Linear
+    moments: Tensor
 
     def __init__(self, config: ModelConfig, precision: Precision):
         super().__init__()
@@ -80,10 +134,11 @@ class Pi0(nn.Module):
             observation.prompt_mask_BL,
         )
         cache = self.prefill(prefix_BSD, valid_BS, full)
+        context = self.begin(cache, valid_BS, observation.state_BA, noise_BCA.shape[1], full)
         x_BCA, dt = noise_BCA.to(self.precision.outside), step_size(num_steps)
-        for time in timesteps(num_steps):
-            time_B = torch.full((observation.batch_size,), time, dtype=torch.float32, device=observation.device)
-            x_BCA = x_BCA + dt * self.denoise_step(x_BCA, time_B, observation.state_BA, cache, valid_BS, full)
+        for step, time in enumerate(timesteps(num_steps)):
+            moment = self.moment(self, step, time, observation.batch_size)
+            x_BCA = x_BCA + dt * self.denoise_step(x_BCA, moment, context)
         return x_BCA
 
     # ---- vision
@@ -92,7 +147,7 @@ class Pi0(nn.Module):
         self, images: list[Tensor], camera_masks: list[Tensor], prompt_BL: Tensor, prompt_mask_BL: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The prefix tokens [B, S, D] (picture by picture, then the prompt) and which of them are real, bool [B, S]."""
-        tokens = [self.vision(image_BCHW) for image_BCHW in images]
+        tokens = self.embed_images(self, images)
         valid = [mask_B[:, None].expand(-1, self.config.vision.num_patches) for mask_B in camera_masks]
         # Gemma scales its embeddings; the pictures are not scaled. The table's rows are multiplied by the unrounded
         # root and rounded once.
@@ -104,37 +159,50 @@ class Pi0(nn.Module):
     def prefill(self, prefix_BSD: Tensor, valid_BS: Tensor, full: bool) -> list[LayerCache]:
         """Keys and values of every paligemma layer. `full`: the host knows that every prefix token is real."""
         rotation = self.rope(prefix_positions(valid_BS), prefix_BSD.dtype)
-        cache: list[LayerCache] = self.paligemma(prefix_BSD, rotation, prefix_mask(valid_BS, full), None, None)[1]
+        cache: list[LayerCache] = self.paligemma(prefix_BSD, rotation, self.mask_prefix(valid_BS, full), None, None)[1]
         return cache
 
     # ---- denoise
 
-    def denoise_step(
-        self, x_BCA: Tensor, time_B: Tensor, state_BA: Tensor, cache: list[LayerCache], valid_BS: Tensor, full: bool
-    ) -> Tensor:
-        """The velocity [B, C, A] at the noisy actions x and the times [B]."""
-        suffix_BTD, cond_BD = self.embed_suffix(x_BCA, time_B, state_BA)
-        tokens = suffix_BTD.shape[1]
-        mask = suffix_mask(valid_BS, tokens, full, blind=not self.config.pi05)
-        rotation = self.rope(suffix_positions(valid_BS, tokens), self.precision.activations)
-        out_BTD, _ = self.expert(suffix_BTD.to(self.precision.activations), rotation, mask, cache, cond_BD)
+    def begin(self, cache: list[LayerCache], valid_BS: Tensor, state_BA: Tensor, horizon: int, full: bool) -> Context:
+        """What the steps share: the cache and the state as they are, and whatever the `preparations` make of them."""
+        context = Context(cache, valid_BS, full, None if self.config.pi05 else state_BA)
+        for prepare in self.preparations:
+            context = prepare(self, context, horizon)
+        return context
+
+    def denoise_step(self, x_BCA: Tensor, moment: Tensor, context: Context) -> Tensor:
+        """The velocity [B, C, A] at the noisy actions x and the moment (plain: the times [B])."""
+        suffix_BTD, cond_BD = self.embed_suffix(x_BCA, moment, context.state_BA)
+        valid_BS, tokens = context.valid_BS, suffix_BTD.shape[1]
+        mask = self.mask_suffix(valid_BS, tokens, context.full, context.state_BA is not None)
+        rotation = context.rotation or self.rope(suffix_positions(valid_BS, tokens), self.precision.activations)
+        out_BTD, _ = self.expert(suffix_BTD.to(self.precision.activations), rotation, mask, context.cache, cond_BD)
         actions_BCD = out_BTD[:, -x_BCA.shape[1] :].to(self.precision.outside)
         velocity: Tensor = self.action_out_proj(actions_BCD)
         return velocity
 
-    def embed_suffix(self, x_BCA: Tensor, time_B: Tensor, state_BA: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The suffix tokens [B, T, D] and, for Pi0.5, the condition [B, D] of its adaptive norms."""
-        config, outside = self.config, self.precision.outside
+    def embed_suffix(self, x_BCA: Tensor, moment: Tensor, state_BA: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The suffix tokens [B, T, D], Pi0's state first if it is given, and the condition of adaptive norms."""
+        action_BCD, cond_BD = self.embed_actions(self, x_BCA, moment)
+        if state_BA is None or self.config.pi05:
+            return action_BCD, cond_BD
+        return torch.cat([self.embed_state(state_BA), action_BCD], dim=1), cond_BD
+
+    def embed_state(self, state_BA: Tensor) -> Tensor:
+        """Pi0's state token [B, 1, D]."""
+        token_BD: Tensor = self.state_proj(state_BA.to(self.precision.outside))
+        return token_BD[:, None, :]
+
+    def embed_time(self, time_B: Tensor) -> Tensor:
+        """The time embedding [B, D], rounded to float32 in every precision: it is part of the function."""
+        config = self.config
         time_BD = time_embedding(time_B, config.expert.width, config.min_period, config.max_period)
-        # The embedding is rounded to float32 in every precision: it is part of the function that is computed.
-        time_BD = time_BD.float().to(outside)
-        action_BCD = self.action_in_proj(x_BCA)
-        if config.pi05:
-            return action_BCD, F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time_BD))))
-        both_BCE = torch.cat([action_BCD, time_BD[:, None, :].expand_as(action_BCD)], dim=-1)
-        action_BCD = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(both_BCE)))
-        state_B1D = self.state_proj(state_BA.to(outside))[:, None, :]
-        return torch.cat([state_B1D, action_BCD], dim=1), None
+        return time_BD.float().to(self.precision.outside)
+
+    def condition(self, time_BD: Tensor) -> Tensor:
+        """Pi0.5's condition [B, D] of the adaptive norms."""
+        return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(time_BD))))
 
 
 def prefix_positions(valid_BS: Tensor) -> Tensor:

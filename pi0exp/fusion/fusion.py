@@ -1,0 +1,61 @@
+"""Which weights and operations become one: switches, of which `none`, `projections` and `kernels` are named sets.
+
+`fusion.rewrites` says things of the model more cheaply; see `pi0exp.fusion.rewrites`. The checkpoint's format stays as
+it is: weights are merged from the plain model's when the stack is applied.
+"""
+
+from dataclasses import dataclass, field, fields
+
+from pi0exp.fusion import kernels, projections
+from pi0exp.fusion.rewrites import Rewrites
+from pi0exp.machine import Machine
+from pi0exp.option import ANY_GPU, Numerics, Option
+from pi0exp.policy import Policy
+
+
+@dataclass(frozen=True)
+class Fusion(Option):
+    """Fused projections and kernels, and exact rewrites.
+
+    qkv: queries, keys and values by one matrix. gate_up: both halves of Gemma's MLP by one. norms: RMSNorm, adaptive
+    RMSNorm and LayerNorm as one Triton kernel together with the residual sum before them. activation: the gated
+    activation as one Triton kernel. rope: split, rotation and the write into the cache as one Triton kernel.
+    """
+
+    qkv: bool = False
+    gate_up: bool = False
+    norms: bool = False
+    activation: bool = False
+    rope: bool = False
+    rewrites: Rewrites = field(default_factory=Rewrites)
+
+    @property
+    def numerics(self) -> Numerics:  # type: ignore[override]
+        """EXACT where nothing is switched on; merged products and fused roundings come in another order."""
+        return Numerics.REORDERED if self.chosen() else Numerics.EXACT
+
+    def chosen(self) -> list[str]:
+        """The switches that are on."""
+        own = [one.name for one in fields(self) if getattr(self, one.name) is True]
+        return own + [f"rewrites.{name}" for name in self.rewrites.chosen()]
+
+    def unmet(self, machine: Machine) -> list[str]:
+        triton = [name for name in kernels.SWITCHES if getattr(self, name)]
+        return [f"{reason} (for {', '.join(triton)})" for reason in ANY_GPU.unmet(machine)] if triton else []
+
+    def proofs(self) -> list[str]:
+        return [pattern for name, pattern in kernels.SWITCHES.items() if getattr(self, name)]
+
+    def apply(self, policy: Policy) -> None:
+        # Rewrites first: they cut plain matrices, which are merged afterwards.
+        self.rewrites.apply(policy)
+        if self.qkv:
+            projections.merge_qkv(policy)
+        if self.gate_up:
+            projections.merge_gate_up(policy)
+        if self.norms:
+            kernels.fill_norms(policy)
+        if self.activation:
+            kernels.fill_activation(policy)
+        if self.rope:
+            kernels.fill_rope(policy)

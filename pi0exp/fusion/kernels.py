@@ -1,0 +1,124 @@
+"""Triton kernels in the slots of norms, activations and projections. What each computes stands in `pi0exp.kernels`.
+
+Kernels round once where the plain model rounds after every operation.
+
+Shapes: B batch, T tokens, S prefix tokens, D width, K key/value heads, H head dim.
+"""
+
+from torch import Tensor
+
+from pi0exp.fusion.projections import split
+from pi0exp.model.gemma import GemmaAttention, LayerCache, Rotation
+from pi0exp.model.layers import AdaRMSNorm, GatedMlp, LayerNorm, RMSNorm
+from pi0exp.model.pi0 import Context, Pi0
+from pi0exp.policy import Policy
+
+SWITCHES = {"norms": r"rms_norm", "activation": r"gated_activation", "rope": r"rope_qkv"}
+"""Switch of `Fusion` -> what the names of its kernels contain."""
+
+
+def fill_norms(policy: Policy) -> None:
+    """RMSNorm, adaptive RMSNorm and LayerNorm, each with the residual sum before it in one kernel."""
+    policy.fill(LayerNorm, "normalize", layer_normalize, ("vision",), "Triton layer_norm")
+    policy.fill(RMSNorm, "normalize", rms_normalize, ("prefill",), "Triton rms_norm")
+    adaptive = policy.model.config.pi05
+    kind, name = (AdaRMSNorm, "adarms_norm") if adaptive else (RMSNorm, "rms_norm")
+    policy.fill(kind, "normalize", adarms_normalize if adaptive else rms_normalize, ("denoise",), f"Triton {name}")
+
+
+def layer_normalize(
+    x_BPD: Tensor, branch_BPD: Tensor | None, weight_D: Tensor, bias_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The slot `LayerNorm.normalize`."""
+    from pi0exp.kernels.layer_norm import add_layer_norm, layer_norm
+
+    if branch_BPD is None:
+        return x_BPD, layer_norm(x_BPD, weight_D, bias_D, eps)
+    both: tuple[Tensor, Tensor] = add_layer_norm(x_BPD, branch_BPD, weight_D, bias_D, eps)
+    return both
+
+
+def rms_normalize(
+    x_BTD: Tensor,
+    branch_BTD: Tensor | None,
+    gate_B1D: Tensor | None,
+    scale_D: Tensor,
+    shift_D: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The slot `RMSNorm.normalize`; its branches have no gate and it has no shift."""
+    from pi0exp.kernels.rms_norm import add_rms_norm, rms_norm
+
+    assert gate_B1D is None
+    assert shift_D is None
+    if branch_BTD is None:
+        return x_BTD, rms_norm(x_BTD, scale_D, eps)
+    both: tuple[Tensor, Tensor] = add_rms_norm(x_BTD, branch_BTD, scale_D, eps)
+    return both
+
+
+def adarms_normalize(
+    x_BTD: Tensor,
+    branch_BTD: Tensor | None,
+    gate_B1D: Tensor | None,
+    scale_B1D: Tensor,
+    shift_B1D: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The slot `AdaRMSNorm.normalize`."""
+    from pi0exp.kernels.adarms_norm import adarms_norm, add_adarms_norm
+
+    assert shift_B1D is not None
+    if branch_BTD is None:
+        return x_BTD, adarms_norm(x_BTD, scale_B1D, shift_B1D, eps)
+    both: tuple[Tensor, Tensor] = add_adarms_norm(x_BTD, branch_BTD, gate_B1D, scale_B1D, shift_B1D, eps)
+    return both
+
+
+def fill_activation(policy: Policy) -> None:
+    """gelu(gate) * up of both Gemmas."""
+    policy.fill(GatedMlp, "activate", gated_gelu, ("prefill", "denoise"), "Triton gated_activation")
+
+
+def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
+    """The slot `GatedMlp.activate`."""
+    from pi0exp.kernels.gated_activation import gated_activation
+
+    product: Tensor = gated_activation(gate, up, "gelu_tanh")
+    return product
+
+
+def fill_rope(policy: Policy) -> None:
+    """Split, rotation and cache write in one kernel; the steps write behind the prefix instead of copying it."""
+    policy.fill(GemmaAttention, "project", rope_project, ("prefill", "denoise"), "Triton rope_qkv")
+    policy.fill_model("preparations", (make_room, *policy.model.preparations), "room for the suffix behind the prefix")
+
+
+def rope_project(
+    attention: GemmaAttention, x_BTD: Tensor, rotation: Rotation, prefix: LayerCache | None
+) -> tuple[Tensor, LayerCache]:
+    """The slot `GemmaAttention.project`. With a prefix, its `room` is written to in place."""
+    from pi0exp.kernels.rope_qkv import rope_qkv, rope_qkv_cached
+
+    q_BTNH, k_BTKH, v_BTKH = split(attention, x_BTD)
+    if prefix is None:
+        q_BTNH, k_BTKH, v_BTKH = rope_qkv(q_BTNH, k_BTKH, v_BTKH, *rotation)
+        return q_BTNH, LayerCache(k_BTKH, v_BTKH)
+    assert prefix.room is not None
+    room_k_BRKH, room_v_BRKH = prefix.room
+    S, T = prefix.k_BSKH.shape[1], x_BTD.shape[1]
+    q_BTNH = rope_qkv_cached(q_BTNH, k_BTKH, v_BTKH, *rotation, room_k_BRKH, room_v_BRKH, S)
+    return q_BTNH, LayerCache(room_k_BRKH[:, : S + T], room_v_BRKH[:, : S + T], prefix.room)
+
+
+def make_room(model: Pi0, context: Context, horizon: int) -> Context:
+    """The cache at the start of buffers that hold the suffix too: the state's token, if it has one, and the actions."""
+    extra = horizon + (context.state_BA is not None)
+    caches = []
+    for k_BSKH, v_BSKH, _ in context.cache:
+        B, S, K, H = k_BSKH.shape
+        room = k_BSKH.new_empty(B, S + extra, K, H), v_BSKH.new_empty(B, S + extra, K, H)
+        for buffer_BRKH, held_BSKH in zip(room, (k_BSKH, v_BSKH), strict=True):
+            buffer_BRKH[:, :S] = held_BSKH
+        caches.append(LayerCache(room[0][:, :S], room[1][:, :S], room))
+    return context._replace(cache=caches)
