@@ -1,1 +1,1 @@
-"""Triton kernels of Pi0, imported as `pi0exp.kernels`; torch and triton are their only imports."""
+"""Triton kernels of Pi0, imported as `pi0exp.kernels`; all but `bench` import torch, triton and each other only."""

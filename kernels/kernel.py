@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """TRITON_INTERPRET=1: kernels run on the CPU, program by program. Its `tl.dot` is wrong on bfloat16 (it multiplies the
@@ -50,7 +51,8 @@ class AheadOfTime:
     """One compile of a Triton function without a GPU.
 
     types: argument -> "*bf16:16", "i32", "fp32" (":16" promises divisibility by 16); constants: the constexprs.
-    dots: matrix instructions must show up.
+    dots: matrix instructions must show up. targets: what it is compiled for; a launch chosen for one architecture names
+    that one.
     """
 
     name: str
@@ -60,6 +62,7 @@ class AheadOfTime:
     num_warps: int = 4
     num_stages: int = 2
     dots: bool = False
+    targets: tuple[str, ...] = ("gfx942", "gfx950", "sm_90")
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ class Kernel:
 
     op: the operator. reference: the shortest true statement of the same maths, same arguments, same result; it computes
     in the widest dtype among its arguments' and float32, and rounds once. libraries: name -> callable with the same
-    arguments, a kernel of a library that computes the same and is timed beside it.
+    arguments, a kernel of a library that computes the same and is timed beside it; it raises NotImplementedError for a
+    case that it is not made for.
     """
 
     name: str
@@ -91,7 +95,7 @@ def discover() -> dict[str, Kernel]:
             continue
         module = importlib.import_module(f"{__package__}.{path.stem}")
         kernels = getattr(module, "KERNELS", ()) or ((module.KERNEL,) if hasattr(module, "KERNEL") else ())
-        if not kernels and any(isinstance(value, torch.library.CustomOpDef) for value in vars(module).values()):
+        if not kernels and any(isinstance(value, CustomOpDef) for value in vars(module).values()):
             raise TypeError(f"kernels/{path.name} defines an op, but no KERNELS to test it by")
         for kernel in kernels:
             if kernel.name in found:
@@ -159,7 +163,8 @@ def compare(output: str, found: Tensor, eager: Tensor, exact: Tensor) -> Compari
     """The rule for a tensor: twice the eager reference's error, and one rounding to the output's dtype, may be reached.
 
     Of every value: |found - exact| <= 2 max|eager - exact| + u |exact|, and in the L2 norm of the whole alike. u is
-    half the spacing of the dtype's numbers, as rounding is to the nearest. A NaN breaks the rule.
+    half the spacing of the dtype's numbers, as rounding is to the nearest. A NaN breaks the rule. Integers and truth
+    values must be equal.
     """
     if (found.shape, found.dtype) != (eager.shape, eager.dtype):
         form = f"is {found.dtype} {tuple(found.shape)}, the reference {eager.dtype} {tuple(eager.shape)}"
@@ -167,6 +172,9 @@ def compare(output: str, found: Tensor, eager: Tensor, exact: Tensor) -> Compari
         return Comparison(output, nan, nan, nan, nan, form)
     if not found.numel():
         return Comparison(output, 0.0, 0.0, 0.0, 0.0, "")
+    if not found.is_floating_point():
+        differing = int((found != eager).sum())
+        return Comparison(output, 0.0, 0.0, 0.0, 0.0, f"{differing} of {found.numel()} differ" if differing else "")
     u = torch.finfo(found.dtype).eps / 2
     size, off, eager_off = exact.double().abs(), (found - exact.double()).abs(), (eager - exact.double()).abs()
     largest, eager_largest, excess = (float(x.max()) for x in (off, eager_off, off - u * size))

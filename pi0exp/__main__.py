@@ -31,9 +31,7 @@ def job(cfg: DictConfig) -> dict[str, Any]:
     given = chosen | compose.overridden(node)
     try:
         plain = compose.plain(cfg, chosen)
-        from pi0exp.point import measure_point
-
-        made = measure_point(plain)
+        made = point(plain)
     except UserError as error:
         made = {"outcome": "refused", "reasons": [str(error)], "exit_code": refused(error)}
     except Exception as error:
@@ -41,6 +39,19 @@ def job(cfg: DictConfig) -> dict[str, Any]:
         reasons = [f"{type(error).__name__}: {error}"]
         made = {"outcome": Outcome.ERROR.value, "reasons": reasons, "exit_code": Outcome.ERROR.exit_code}
     return {"metrics": {}, **made, "params": given | made.get("params", {})}
+
+
+def point(plain: dict[str, Any]) -> dict[str, Any]:
+    """Measure or explain it."""
+    from pi0exp import config
+
+    if config.measure(plain).explain:
+        from pi0exp.explain import explain_point
+
+        return explain_point(plain)
+    from pi0exp.point import measure_point
+
+    return measure_point(plain)
 
 
 def refused(error: Exception) -> int:
@@ -54,12 +65,14 @@ def main() -> None:
     full_errors = machine.wants_full_errors()
     machine.let_hydra_raise()
     interrupts.install()
-    compose.register()
     # Hydra takes overrides from one side of its flags only: `study=ladder -m model=tiny` would be refused.
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in ("-m", "--multirun"))
     try:
+        compose.register()
         job()
         code = outcomes.exit_code()
+    except UserError as error:
+        code = refused(error)  # a plugin
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # all from composing: a job tells its own
         if full_errors:
             raise

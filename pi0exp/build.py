@@ -44,6 +44,11 @@ def bound(stack: Stack) -> float | None:
     return sum(stated) if bounds and len(stated) == len(bounds) else None
 
 
+def environment(stack: Stack) -> dict[str, str]:
+    """Variables of the environment that the options of the stack need."""
+    return {name: value for _, option in stack.parts() for name, value in option.environment().items()}
+
+
 def proofs(stack: Stack) -> list[tuple[str, str]]:
     """What a GPU profile must show of every option that can be shown."""
     return [(group, pattern) for group, option in stack.parts() for pattern in option.proofs()]

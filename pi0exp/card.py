@@ -20,11 +20,9 @@ def card(record: dict[str, Any], run_id: str, settled: bool) -> str:
     """The record of a point as a few lines of text."""
     params, metrics, facts, machine = record["params"], record["metrics"], record["facts"], record["fingerprint"]
     outcome = record["outcome"]
-    stack = {name: value for name, value in params.items() if name.split(".")[0] in (*GROUPS, "stack")}
-    rows = [("stack", " ".join(f"{name}={value}" for name, value in stack.items()))]
-    rows += _sections({name: value for name, value in params.items() if name not in stack})
+    rows = asked(params)
     rows += [("facts", ", ".join(f"{name} {value}" for name, value in facts.items()))] if facts else []
-    rows += [("machine", _machine(machine))]
+    rows += [("machine", machine_line(machine))]
     if outcome == "ok":
         rows += [("latency", _latency(metrics)), ("host to host", f"p50 {metrics['latency_host_ms/p50']:.2f} ms")]
         if "roofline/share" in metrics:
@@ -35,7 +33,19 @@ def card(record: dict[str, Any], run_id: str, settled: bool) -> str:
     rows.append(("outcome", outcome + (" (already measured; resume=false measures again)" if settled else "")))
     rows += [("", reason) for reason in record["reasons"]]
     rows.append(("MLflow run", f"{run_id}  study {record['study']}"))
+    return aligned(rows)
+
+
+def aligned(rows: list[tuple[str, str]]) -> str:
+    """Lines of a name and a text; rows without a name go on with the one above."""
     return "\n".join(f"{name:>13}  {text}" for name, text in rows)
+
+
+def asked(params: dict[str, str]) -> list[tuple[str, str]]:
+    """What a point is: one row for its stack, then one for each of its other sections."""
+    stack = {name: value for name, value in params.items() if name.split(".")[0] in (*GROUPS, "stack")}
+    rows = [("stack", " ".join(f"{name}={value}" for name, value in stack.items()))]
+    return rows + _sections({name: value for name, value in params.items() if name not in stack})
 
 
 def _sections(params: dict[str, str]) -> list[tuple[str, str]]:
@@ -47,7 +57,8 @@ def _sections(params: dict[str, str]) -> list[tuple[str, str]]:
     return [(section, ", ".join(words)) for section, words in rows.items()]
 
 
-def _machine(machine: dict[str, Any]) -> str:
+def machine_line(machine: dict[str, Any]) -> str:
+    """GPU and torch of a fingerprint, and the processor where it computes."""
     text = f"{machine['gpu']}, torch {machine['versions'].get('torch', '?')}"
     return text if machine["vendor"] != "cpu" else f"{text}, {machine['cores']} cores of {machine['cpu']}"
 
@@ -66,8 +77,7 @@ def _error(record: dict[str, Any]) -> str:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """The closing table of a sweep: one row a point, the columns that differ between the points."""
-    names = list(dict.fromkeys(name for row in rows for name in row["params"]))
-    varying = [name for name in names if len({row["params"][name] for row in rows if name in row["params"]}) > 1]
+    varying = differing(rows)
     made = Table(box=None, pad_edge=False)
     for name in ("#", *varying):
         made.add_column(name, overflow="fold")
@@ -80,6 +90,12 @@ def table(rows: list[dict[str, Any]]) -> Table:
         outcome = ": ".join([row["outcome"], "; ".join(row["reasons"])]) if row["reasons"] else row["outcome"]
         made.add_row(str(i), *(str(row["params"].get(name, "-")) for name in varying), *cells, outcome)
     return made
+
+
+def differing(rows: list[dict[str, Any]]) -> list[str]:
+    """The parameters in which points differ, in the order in which they first appear."""
+    names = list(dict.fromkeys(name for row in rows for name in row["params"]))
+    return [name for name in names if len({row["params"][name] for row in rows if name in row["params"]}) > 1]
 
 
 _CELLS = (("latency_ms/p50", "2f"), ("throughput_hz", "1f"), ("error/rel_l2", "1e"))

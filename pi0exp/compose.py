@@ -1,19 +1,22 @@
 """Everything that needs Hydra while composing: where its folders are, and options of single stages."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pi0exp import plugins
 from pi0exp.errors import UserError
 from pi0exp.option import STAGES
 
@@ -25,20 +28,53 @@ STAGED = ("attention", "gemm")
 """Groups whose option may differ between stages."""
 
 
-class Studies(SearchPathPlugin):
-    """Lets study=NAME find experiments/study/NAME.yaml."""
+class Folders(SearchPathPlugin):
+    """Lets study=NAME find experiments/study/NAME.yaml, and attention=NAME the attention/NAME.yaml of a plugin."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append("pi0exp-experiments", f"file://{PACKAGE / 'experiments'}")
+        for plugin in plugins.installed():
+            search_path.append(str(plugin), f"file://{plugin.folder}")
 
 
 def register() -> None:
-    """Tell Hydra of our folders and resolvers, before it composes anything."""
-    Plugins.instance().register(Studies)
+    """Tell Hydra of our folders and resolvers, before it composes anything. Raises UserError for a bad plugin."""
+    files()
+    Plugins.instance().register(Folders)
     # Hydra insists on writing a file for each sweep; everything in it is in MLflow too.
     OmegaConf.register_new_resolver(
         "pi0exp_scratch", lambda: str(Path(tempfile.gettempdir(), "pi0exp-sweep")), replace=True
     )
+
+
+@contextmanager
+def session() -> Iterator[None]:
+    """Within it Hydra composes from our folders. Raises UserError for whatever Hydra refuses."""
+    register()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3", job_name="pi0exp"):
+            yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(one_line(error)) from error
+
+
+def files() -> dict[str, dict[str, Path]]:
+    """Group -> name -> its yaml file, studies included, plugins' options after ours.
+
+    Raises UserError where a plugin brings a group that is not there, or a name that is taken: Hydra would take one of
+    the two in silence.
+    """
+    folders = {folder.name: folder for folder in sorted(CONF.iterdir()) if folder.is_dir() and folder.name != "hydra"}
+    folders["study"] = PACKAGE / "experiments" / "study"
+    found = {group: {file.stem: file for file in sorted(folder.glob("*.yaml"))} for group, folder in folders.items()}
+    for plugin in plugins.installed():
+        for group, name, file in plugin.files():
+            if group not in found:
+                raise UserError(f"{plugin} brings {group}/{name}.yaml; there is no group {group}: {', '.join(found)}")
+            if name in found[group]:
+                raise UserError(f"{plugin} brings {group}/{name}.yaml, which {found[group][name]} is already")
+            found[group][name] = file
+    return found
 
 
 def one_line(error: Exception) -> str:
@@ -104,23 +140,50 @@ def check_study(hydra_node: Any) -> None:
     if "study" not in choices(hydra_node) or not stacks:
         return
     given = overridden(hydra_node)
-    for group in sorted({group for stack in stacks.split(",") for group in _stack_groups(stack.strip())}):
-        if group in given:
+    keys = sorted({key for stack in _swept(f"stack={stacks}") for key in _stack_keys(stack)})
+    for mine in given:
+        if theirs := next((key for key in keys if _overlap(mine, key)), None):
             raise UserError(
-                f"{group}={given[group]} would hold for every stack of study={given.get('study')}, "
-                f"which varies {group} itself; leave one of the two out"
+                f"{mine}={given[mine]} would hold for every stack of study={given.get('study')}, "
+                f"which varies {theirs} itself; leave one of the two out"
             )
 
 
-def _stack_groups(stack: str) -> set[str]:
-    """The groups that a named stack sets, itself or through the stack it builds on."""
-    groups: set[str] = set()
-    for entry in _defaults_list(CONF / "stack" / f"{stack}.yaml"):
+def _swept(override: str) -> list[str]:
+    """The values that a sweep gives a key: `stack=a,b`, `stack=choice(a,b)` or `stack=glob(*)`."""
+    (parsed,) = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides([override])
+    return list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [str(parsed.value())]
+
+
+def _overlap(mine: str, theirs: str) -> bool:
+    """Whether one of two keys holds the other. A group only chooses its option; settings beside it are others."""
+    inner, outer = sorted((mine, theirs), key=len, reverse=True)
+    return inner == outer or ("." in outer and inner.startswith(f"{outer}."))
+
+
+def _stack_keys(stack: str) -> set[str]:
+    """What a named stack sets, itself or through the stack it builds on: groups, and settings as fusion.rewrites.x."""
+    path = files()["stack"].get(stack)
+    if path is None:
+        raise UserError(f"stack={stack}: no such stack; there are {', '.join(files()['stack'])}")
+    body = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(body, dict)
+    keys = set(_leaves({str(key): value for key, value in body.items() if key != "defaults"}))
+    for entry in body.get("defaults", []):
         if isinstance(entry, str):
-            groups |= _stack_groups(entry) if entry != "_self_" else set()
+            keys |= _stack_keys(entry) if entry != "_self_" else set()
         else:
-            groups |= {str(key).removeprefix("override ").lstrip("/") for key in entry}
-    return groups
+            keys |= {str(key).removeprefix("override ").lstrip("/") for key in entry}
+    return keys
+
+
+def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of all values that are no dicts with something in them."""
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def plain(cfg: DictConfig, chosen: dict[str, str]) -> dict[str, Any]:
@@ -144,14 +207,17 @@ def plain(cfg: DictConfig, chosen: dict[str, str]) -> dict[str, Any]:
 
 def from_words(words: Sequence[str]) -> dict[str, Any]:
     """What these words of the command line compose to, for whoever has no command line. Raises UserError."""
-    register()
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3", job_name="pi0exp"):
-            composed = compose("config", overrides=list(words), return_hydra_config=True)
-            ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-            return plain(ours, choices(composed.hydra))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(one_line(error)) from error
+    with session():
+        composed = compose("config", overrides=list(words), return_hydra_config=True)
+        ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        return plain(ours, choices(composed.hydra))
+
+
+def option_node(group: str, name: str) -> dict[str, Any]:
+    """The composed node of one option as its file has it, within Hydra's own run or a `session`."""
+    composed = OmegaConf.to_container(compose(config_name=f"{group}/{name}")[group], resolve=True)
+    assert isinstance(composed, dict)
+    return {str(key): value for key, value in composed.items()}
 
 
 def stage_option(group: str, stage: str, node: Any) -> tuple[str, dict[str, Any]]:
@@ -170,11 +236,10 @@ def stage_option(group: str, stage: str, node: Any) -> tuple[str, dict[str, Any]
     if nested := [key for key in settings if key in STAGES]:
         raise UserError(f"{where}.{nested[0]}: an option of a single stage has no stages of its own")
     try:
-        composed = OmegaConf.to_container(compose(config_name=f"{group}/{name}")[group], resolve=True)
+        composed = option_node(group, name)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(f"{where}: {one_line(error)}") from error
-    assert isinstance(composed, dict)
-    inner = {str(key): value for key, value in composed.items() if key not in STAGES}
+    inner = {key: value for key, value in composed.items() if key not in STAGES}
     if unknown := [key for key in settings if key not in inner]:
         allowed = ", ".join(key for key in inner if key != "_target_") or "none"
         raise UserError(f"{where}.{unknown[0]}: {group}={name} has no such setting; it has: {allowed}")

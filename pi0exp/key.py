@@ -12,6 +12,8 @@ import pi0exp
 
 _LINKED = ("kernels", "conf", "experiments")
 """Folders that are links in a checkout and plain folders in an installed package."""
+_SUFFIXES = (".py", ".csv")
+"""Code, and the tables of tuned kernels that stand beside it."""
 
 
 def point_key(experiment: dict[str, Any], machine: dict[str, Any]) -> str:
@@ -48,5 +50,5 @@ def _sources(package: Path) -> Iterator[tuple[str, Path]]:
                 folders[:] = [name for name in folders if name not in skipped]
             for file in files:
                 path = Path(folder, file)
-                if path.suffix == ".py":
+                if path.suffix in _SUFFIXES:
                     yield path.relative_to(package).as_posix(), path

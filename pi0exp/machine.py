@@ -1,11 +1,17 @@
 """This machine: its GPU, as the vendor's management library describes it, and versions. Opens no GPU context.
 
+    python -m pi0exp.machine [--json]
+
+also says which options and named stacks it can run.
+
 The only file that reads or sets environment variables.
 """
 
 import os
 import platform
 import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib import metadata
@@ -192,3 +198,35 @@ def let_hydra_raise() -> None:
 def child_environment() -> dict[str, str]:
     """The environment of the measuring process: this one's, output unbuffered."""
     return {**os.environ, "PYTHONUNBUFFERED": "1"}
+
+
+@contextmanager
+def kept_environment() -> Iterator[None]:
+    """Whatever sets variables within it, processes started afterwards do not see them."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def let_aiter_use(table: str) -> None:
+    """AMD's aiter finds its tuned products in this file; it looks once, when it is first imported."""
+    os.environ["AITER_CONFIG_GEMM_BF16"] = table
+
+
+def set_environment(values: Mapping[str, str]) -> None:
+    """Variables that libraries of this process read at their first use: to be set before."""
+    os.environ.update(values)
+
+
+def missing_environment(values: Mapping[str, str]) -> list[str]:
+    """Which of these variables this process does not have, each as NAME=value."""
+    return [f"{name}={value}" for name, value in values.items() if os.environ.get(name) != value]
+
+
+if __name__ == "__main__":
+    from pi0exp.machine_table import main  # not above: it imports this file
+
+    raise SystemExit(main())

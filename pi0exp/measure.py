@@ -15,7 +15,7 @@ from typing import Any
 
 from pi0exp import config, subject
 from pi0exp.errors import UserError
-from pi0exp.machine import Machine, commit, this_machine
+from pi0exp.machine import Machine, commit, set_environment, this_machine
 from pi0exp.result import CONFIG_ERROR, Outcome, Result
 
 PROGRESS = "[pi0exp] "
@@ -53,6 +53,7 @@ def measure(plain: dict[str, Any]) -> Result:
     from pi0exp.timing import device_sample_ms, measure_samples, summary, wall_sample_ms, warm_up
 
     settings, thing = config.measure(plain), subject.subject(plain)
+    set_environment(thing.environment())
     machine, reasons = target_machine(settings.device)
     prints, numerics = fingerprint(machine), thing.numerics.name
     if reasons := reasons + thing.unmet(machine):
@@ -125,7 +126,11 @@ def measure(plain: dict[str, Any]) -> Result:
             return Result(Outcome.ERROR, [reason], metrics=metrics, **common)
         timed["roofline/share"] = floor / timed["latency_ms/p50"]
     return Result(
-        Outcome.OK, metrics=metrics | timed, samples={"latency_ms": samples, "latency_host_ms": host}, **common
+        Outcome.OK,
+        metrics=metrics | timed,
+        samples={"latency_ms": samples, "latency_host_ms": host},
+        files=instance.attachments(),
+        **common,
     )
 
 

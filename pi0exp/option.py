@@ -101,6 +101,10 @@ class Option:
         """All such expressions, where one does not do; each must match."""
         return [pattern] if (pattern := self.proof()) else []
 
+    def environment(self) -> dict[str, str]:
+        """Variables that libraries read at their first use; the measuring process sets them before it builds."""
+        return {}
+
     def unmet(self, machine: Machine) -> list[str]:
         """Why it cannot run on `machine`; for options whose needs depend on their settings to extend."""
         return self.requires.unmet(machine)

@@ -21,9 +21,12 @@ class Outcomes(Callback):
             POINTS.append(point | {"sweep": config.hydra.mode == RunMode.MULTIRUN})
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from pi0exp.card import console, table
+        from pi0exp import card, explain
 
-        console().print(table(POINTS))
+        measured = any("run_id" in point for point in POINTS)
+        explained = any(explain.EXPLAINED in point for point in POINTS)
+        table = explain.table if explained and not measured else card.table
+        card.console().print(table(POINTS))
 
 
 def exit_code() -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pi0exp import compose, config, interrupts, subject
+from pi0exp import compose, config, interrupts, plugins, subject
 from pi0exp.card import card, console
 from pi0exp.isolate import measure_isolated
 from pi0exp.key import point_key
@@ -37,8 +37,7 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
     results = None if run.track.results is None else Path(run.track.results)
     if results is not None:
         try_folder(results)
-    experiment = {name: part for name, part in plain.items() if name not in FRAME}
-    experiment["names"] = {group: name for group, name in plain["names"].items() if group not in LABELS}
+    experiment = experiment_of(plain)
     key, name, params = point_key(experiment, machine.identity()), run_name(plain["names"]), run_params(plain, thing)
     if run.resume and (settled := store.settled(run.name, key)) is not None:
         if results is not None:
@@ -74,6 +73,14 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
             finish(Result(Outcome.ERROR, [f"{type(error).__name__}: {error}"]))
             raise
         return shown(finish(result), run_id, settled=False)
+
+
+def experiment_of(plain: dict[str, Any]) -> dict[str, Any]:
+    """What makes the point: all that is asked, and the code of others that it names."""
+    experiment = {name: part for name, part in plain.items() if name not in FRAME}
+    experiment["names"] = {group: name for group, name in plain["names"].items() if group not in LABELS}
+    sources = plugins.foreign_sources(experiment)
+    return experiment | ({"plugins": sources} if sources else {})
 
 
 def run_params(plain: dict[str, Any], thing: subject.Subject) -> dict[str, str]:

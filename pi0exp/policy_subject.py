@@ -70,6 +70,9 @@ class PolicySubject:
     def unmet(self, machine: Machine) -> list[str]:
         return build.unmet(self.stack, machine)
 
+    def environment(self) -> dict[str, str]:
+        return build.environment(self.stack)
+
     def proofs(self) -> list[tuple[str, str]]:
         return build.proofs(self.stack)
 
@@ -214,6 +217,9 @@ class PolicyInstance:
 
     def counters(self) -> dict[str, float]:
         return self.policy.counters()
+
+    def attachments(self) -> dict[str, str]:
+        return self.policy.attachments()
 
     def call(self, index: int) -> None:
         self.policy.sample_actions(*self.device_items[index % len(self.device_items)])

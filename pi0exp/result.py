@@ -51,7 +51,7 @@ class Result:
     reasons: one sentence each, why the outcome is what it is. applied: option group -> what it did to the subject.
     metrics: final numbers, named group/name with the unit in the group. samples: every single measurement.
     facts: what else one must know to read the numbers, e.g. tokens=stand-in. fingerprint: machine and versions.
-    log: the end of the child's output where it failed.
+    log: the end of the child's output where it failed. files: name -> text that the options want kept.
     """
 
     outcome: Outcome
@@ -63,6 +63,7 @@ class Result:
     facts: dict[str, str] = field(default_factory=dict)
     fingerprint: dict[str, Any] = field(default_factory=dict)
     log: str = ""
+    files: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "outcome", Outcome(self.outcome))

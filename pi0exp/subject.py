@@ -72,6 +72,9 @@ class Instance(Protocol):
         ...
 
     def counters(self) -> dict[str, float]: ...
+    def attachments(self) -> dict[str, str]:
+        """File name -> text that is kept with the result."""
+        ...
 
 
 class Subject(Protocol):
@@ -93,6 +96,10 @@ class Subject(Protocol):
 
     def unmet(self, machine: Machine) -> list[str]:
         """Why this cannot run on that machine or in that combination; empty if it can."""
+        ...
+
+    def environment(self) -> dict[str, str]:
+        """Variables that must be set in the measuring process before anything is built."""
         ...
 
     def proofs(self) -> list[tuple[str, str]]:

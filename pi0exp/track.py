@@ -139,6 +139,8 @@ class Store:
             self._client.log_text(run_id, json.dumps(record), "result.json")
             if record["log"]:
                 self._client.log_text(run_id, record["log"], "log.txt")
+            for file, text in record.get("files", {}).items():  # records of earlier versions have none
+                self._client.log_text(run_id, text, f"files/{file}")
             for some in _chunks(finite + samples, 1000):
                 self._client.log_batch(run_id, metrics=some)
             for chosen in _chunks([RunTag(name, value) for name, value in _cut(tags).items()], 100):

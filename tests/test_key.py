@@ -49,12 +49,12 @@ def test_digest_sees_code_and_kernels_only(tmp_path):
         (package / unseen).write_text("changed")
         assert digest_sources(package) == before, unseen
     digests = {before}
-    for seen in ("kernels/inner/one.py", "kernels/two.py", "model/layers.py", "__init__.py"):
+    for seen in ("kernels/inner/one.py", "kernels/two.py", "model/layers.py", "model/tuned.csv", "__init__.py"):
         (package / seen).write_text("changed = True\n")
         digests.add(digest_sources(package))
     (package / "model" / "layers.py").rename(package / "model" / "renamed.py")
     digests.add(digest_sources(package))
-    assert len(digests) == 6
+    assert len(digests) == 7
 
 
 def test_digest_is_the_same_in_a_checkout_and_installed(tmp_path):

@@ -28,6 +28,9 @@ class ToyInstance:
     def call_host(self, index: int) -> None:
         time.sleep(0.001)
 
+    def attachments(self) -> dict[str, str]:
+        return {}
+
     def counters(self) -> dict[str, float]:
         return {"toy/calls": 1.0}
 
@@ -53,6 +56,9 @@ class Toy:
 
     def unmet(self, machine: Any) -> list[str]:
         return ["it is not supported anywhere"] if self.fault == "unmet" else []
+
+    def environment(self) -> dict[str, str]:
+        return {}
 
     def proofs(self) -> list[tuple[str, str]]:
         return []

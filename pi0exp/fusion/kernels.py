@@ -8,9 +8,9 @@ Shapes: B batch, T tokens, S prefix tokens, D width, K key/value heads, H head d
 from torch import Tensor
 
 from pi0exp.fusion.projections import split
+from pi0exp.fusion.steps import give_room, make_room
 from pi0exp.model.gemma import GemmaAttention, LayerCache, Rotation
 from pi0exp.model.layers import AdaRMSNorm, GatedMlp, LayerNorm, RMSNorm
-from pi0exp.model.pi0 import Context, Pi0
 from pi0exp.policy import Policy
 
 SWITCHES = {"norms": r"rms_norm", "activation": r"gated_activation", "rope": r"rope_qkv"}
@@ -91,7 +91,8 @@ def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
 def fill_rope(policy: Policy) -> None:
     """Split, rotation and cache write in one kernel; the steps write behind the prefix instead of copying it."""
     policy.fill(GemmaAttention, "project", rope_project, ("prefill", "denoise"), "Triton rope_qkv")
-    policy.fill_model("preparations", (make_room, *policy.model.preparations), "room for the suffix behind the prefix")
+    if make_room not in policy.model.preparations:  # fusion.rewrites.cache_room made it
+        give_room(policy)
 
 
 def rope_project(
@@ -109,16 +110,3 @@ def rope_project(
     S, T = prefix.k_BSKH.shape[1], x_BTD.shape[1]
     q_BTNH = rope_qkv_cached(q_BTNH, k_BTKH, v_BTKH, *rotation, room_k_BRKH, room_v_BRKH, S)
     return q_BTNH, LayerCache(room_k_BRKH[:, : S + T], room_v_BRKH[:, : S + T], prefix.room)
-
-
-def make_room(model: Pi0, context: Context, horizon: int) -> Context:
-    """The cache at the start of buffers that hold the suffix too: the state's token, if it has one, and the actions."""
-    extra = horizon + (context.state_BA is not None)
-    caches = []
-    for k_BSKH, v_BSKH, _ in context.cache:
-        B, S, K, H = k_BSKH.shape
-        room = k_BSKH.new_empty(B, S + extra, K, H), v_BSKH.new_empty(B, S + extra, K, H)
-        for buffer_BRKH, held_BSKH in zip(room, (k_BSKH, v_BSKH), strict=True):
-            buffer_BRKH[:, :S] = held_BSKH
-        caches.append(LayerCache(room[0][:, :S], room[1][:, :S], room))
-    return context._replace(cache=caches)

@@ -23,10 +23,11 @@ class Rewrites:
     trim_prompt: padding behind the longest prompt of the batch is not computed. batch_cameras: one pass of the vision
     tower for all cameras. last_layer_kv: the last prefill layer makes only keys and values. no_prefix_norm: the final
     norm of the prefix, which nobody reads, is left out. hoist_time: time embeddings and what depends on them alone are
-    computed once, when the stack is applied. fold_action_in: Pi0's two matrices on the noisy actions become one.
-    hoist_modulations: so are Pi0.5's scales, shifts and gates. hoist_state: Pi0's state token is computed once a call,
-    not in every step. rope_tables: cosines and sines are looked up, and those of the suffix once a call. fold_norms:
-    the weights of norms are multiplied into the matrices behind them. fold_q_scale: so is the scale of the scores.
+    computed once, when the stack is applied. hoist_modulations: so are Pi0.5's scales, shifts and gates.
+    fold_action_in: Pi0's two matrices on the noisy actions become one. hoist_state: Pi0's state token is computed once
+    a call, not in every step. cache_room: the steps write their keys and values behind the prefix's instead of copying
+    both together. rope_tables: cosines and sines are looked up, and those of the suffix once a call. fold_norms: the
+    weights of norms are multiplied into the matrices behind them. fold_q_scale: so is the scale of the scores.
     """
 
     trim_prompt: bool = False
@@ -37,6 +38,7 @@ class Rewrites:
     fold_action_in: bool = False
     hoist_modulations: bool = False
     hoist_state: bool = False
+    cache_room: bool = False
     rope_tables: bool = False
     fold_norms: bool = False
     fold_q_scale: bool = False
@@ -64,6 +66,8 @@ class Rewrites:
             policy.note("prefill: no final norm")
         if self.hoist_time or self.fold_action_in or self.hoist_modulations:
             steps.rewrite_suffix(policy, self.hoist_time, self.fold_action_in, self.hoist_modulations)
+        if self.cache_room:
+            steps.give_room(policy)
         if self.hoist_state:
             steps.hoist_state(policy)
         if self.rope_tables:

@@ -1,7 +1,7 @@
 """What the denoising steps compute again and again although it does not change between them.
 
 Shapes: B batch, S prefix tokens, T suffix tokens, C action horizon, A action dim, D width, L layers of the expert,
-I steps, H head dim, P positions.
+I steps, K key/value heads, H head dim, R rows of a buffer, P positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pi0exp.errors import UserError
-from pi0exp.model.gemma import GemmaBlock
+from pi0exp.model.gemma import GemmaBlock, LayerCache
 from pi0exp.model.layers import AdaRMSNorm, Linear, Rope
 from pi0exp.model.observation import Observation
 from pi0exp.model.pi0 import Context, Pi0, suffix_positions, timesteps
@@ -164,6 +164,27 @@ def state_into_cache(model: Pi0, context: Context, horizon: int) -> Context:
     _, cache = model.expert(state_B1D, rotation, mask, context.cache, None)
     valid_BS = torch.cat([valid_BS, valid_BS.new_ones(valid_BS.shape[0], 1)], dim=1)
     return context._replace(cache=cache, valid_BS=valid_BS, state_BA=None)
+
+
+# ---- cache
+
+
+def give_room(policy: Policy) -> None:
+    """Let the steps write their keys and values behind the prefix's in place. Before whatever else prepares them."""
+    policy.fill_model("preparations", (make_room, *policy.model.preparations), "room for the suffix behind the prefix")
+
+
+def make_room(model: Pi0, context: Context, horizon: int) -> Context:
+    """The cache at the start of buffers that hold the suffix too: the state's token, if it has one, and the actions."""
+    extra = horizon + (context.state_BA is not None)
+    caches = []
+    for k_BSKH, v_BSKH, _ in context.cache:
+        B, S, K, H = k_BSKH.shape
+        room = k_BSKH.new_empty(B, S + extra, K, H), v_BSKH.new_empty(B, S + extra, K, H)
+        for buffer_BRKH, held_BSKH in zip(room, (k_BSKH, v_BSKH), strict=True):
+            buffer_BRKH[:, :S] = held_BSKH
+        caches.append(LayerCache(room[0][:, :S], room[1][:, :S], room))
+    return context._replace(cache=caches)
 
 
 # ---- rotation

@@ -48,9 +48,14 @@ def plain_project(
 
 
 def extend(prefix: LayerCache | None, k_BTKH: Tensor, v_BTKH: Tensor) -> LayerCache:
-    """The cache with these keys and values behind it."""
+    """The cache with these keys and values behind it, written into its room if it has one."""
     if prefix is None:
         return LayerCache(k_BTKH, v_BTKH)
+    if prefix.room is not None:
+        start, stop = prefix.k_BSKH.shape[1], prefix.k_BSKH.shape[1] + k_BTKH.shape[1]
+        for buffer_BRKH, new_BTKH in zip(prefix.room, (k_BTKH, v_BTKH), strict=True):
+            buffer_BRKH[:, start:stop] = new_BTKH
+        return LayerCache(prefix.room[0][:, :stop], prefix.room[1][:, :stop], prefix.room)
     return LayerCache(cat([prefix.k_BSKH, k_BTKH], dim=1), cat([prefix.v_BSKH, v_BTKH], dim=1))
 
 

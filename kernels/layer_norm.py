@@ -1,0 +1,205 @@
+"""SigLIP's LayerNorm, alone or with the residual sum in front of it.
+
+x' = x + branch, y = (x' - mean(x')) / sqrt(var(x') + eps) * weight + bias; statistics in float32, taken from x' as it
+is rounded and kept, the variance from the centred values. One launch reads x and the branch once and writes x' and y
+once. Rows of 1152 values stand in blocks of 2048, whose upper lanes neither load nor store.
+
+Shapes: B batch, T tokens, D width, R rows of a program.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pi0exp.kernels.kernel import AheadOfTime, Case, Kernel, as_rows, launchable, random, require, wide
+
+LAUNCH: dict[str, dict[str, int]] = {
+    "few": {"ROWS": 1, "num_warps": 4},
+    "many": {"ROWS": 1, "num_warps": 4},
+}
+MANY_ROWS = 8192
+EPS = 1e-6
+"""The model's. Cases that are tests only take a large one, so that its loss would show."""
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean(x)) / std(x) * weight + bias over the last axis."""
+    x_wide, weight, bias = (y.to(wide(x, weight, bias)) for y in (x, weight, bias))
+    return F.layer_norm(x_wide, x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
+def add_layer_norm_reference(
+    x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The sum x + branch and its norm."""
+    x_sum = x + branch
+    return x_sum, layer_norm_reference(x_sum, weight, bias, eps)
+
+
+@triton.jit
+def layer_norm_kernel(
+    x_ptr,
+    branch_ptr,
+    weight_ptr,
+    bias_ptr,
+    sum_ptr,
+    y_ptr,
+    T,
+    x_B,
+    x_T,
+    branch_B,
+    branch_T,
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Grid (T / ROWS, B). The pointers of branch and sum are None where there is no branch."""
+    b = tl.program_id(1).to(tl.int64)
+    t_R1 = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    d_1D = tl.arange(0, BLOCK)[None, :]
+    inside, column = (t_R1 < T) & (d_1D < D), d_1D < D
+    x_RD = tl.load(x_ptr + b * x_B + t_R1 * x_T + d_1D, mask=inside, other=0.0).to(tl.float32)
+    weight_1D = tl.load(weight_ptr + d_1D, mask=column, other=0.0).to(tl.float32)
+    bias_1D = tl.load(bias_ptr + d_1D, mask=column, other=0.0).to(tl.float32)
+    out_RD = (b * T + t_R1) * D + d_1D
+    if branch_ptr is not None:
+        branch_RD = tl.load(branch_ptr + b * branch_B + t_R1 * branch_T + d_1D, mask=inside, other=0.0)
+        rounded_RD = (x_RD + branch_RD.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + out_RD, rounded_RD, mask=inside)
+        x_RD = rounded_RD.to(tl.float32)
+    mean_R = tl.sum(x_RD, axis=1) / D
+    centred_RD = tl.where(column, x_RD - mean_R[:, None], 0.0)
+    rstd_R = tl.rsqrt(tl.sum(centred_RD * centred_RD, axis=1) / D + eps)
+    y_RD = centred_RD * rstd_R[:, None] * weight_1D + bias_1D
+    tl.store(y_ptr + out_RD, y_RD.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def _launch(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, x_sum: Tensor | None, y: Tensor
+) -> None:
+    for name, p in (("weight", weight), ("bias", bias)):
+        require(p.shape == x.shape[-1:] and p.is_contiguous(), f"{name} {tuple(p.shape)}: not [D] in a row")
+    require(branch is None or (branch.shape, branch.dtype) == (x.shape, x.dtype), "branch is not like x")
+    x_BTD, branch_BTD = as_rows(x), None if branch is None else as_rows(branch)
+    B, T, D = x_BTD.shape
+    shape = LAUNCH["many" if B * T >= MANY_ROWS else "few"]
+    launchable(layer_norm_kernel)[(triton.cdiv(T, shape["ROWS"]), B)](
+        x_BTD,
+        branch_BTD,
+        weight,
+        bias,
+        x_sum,
+        y,
+        T,
+        x_BTD.stride(0),
+        x_BTD.stride(1),
+        0 if branch_BTD is None else branch_BTD.stride(0),
+        0 if branch_BTD is None else branch_BTD.stride(1),
+        eps,
+        D=D,
+        BLOCK=triton.next_power_of_2(D),
+        **shape,
+    )
+
+
+@torch.library.triton_op("pi0exp::layer_norm", mutates_args={})
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean(x)) / std(x) * weight + bias.
+
+    x: [..., D], bfloat16, float16 or float32, values of a row adjacent; weight, bias: [D], any of them. Returns x's
+    shape and dtype, contiguous. Raises ValueError where they do not fit.
+    """
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _launch(x, None, weight, bias, eps, None, y)
+    return y
+
+
+@torch.library.triton_op("pi0exp::add_layer_norm", mutates_args={})
+def add_layer_norm(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x + branch, its layer_norm). branch: shape and dtype of x, strides of its own. Both results are contiguous."""
+    x_sum, y = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    _launch(x, branch, weight, bias, eps, x_sum, y)
+    return x_sum, y
+
+
+def _aten(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """PyTorch's own kernel, which takes one dtype for all."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _arguments(
+    generator: torch.Generator,
+    device: torch.device,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    spare: int,
+    add: bool,
+    eps: float,
+) -> tuple[Any, ...]:
+    """`spare`: columns behind every row that do not belong to it."""
+    D = shape[-1]
+    rows = [random(generator, device, *shape[:-1], D + spare, dtype=dtype)[..., :D] for _ in range(1 + add)]
+    weight_D, bias_D = (random(generator, device, D, dtype=dtype) for _ in range(2))
+    return *rows, weight_D, bias_D, eps
+
+
+def _case(
+    name: str, *shape: int, dtype: torch.dtype = torch.bfloat16, spare: int = 0, add: bool, pi0: bool, small: bool
+) -> Case:
+    moved = ((4 if add else 2) * torch.Size(shape).numel() + 2 * shape[-1]) * dtype.itemsize
+    make = partial(_arguments, shape=shape, dtype=dtype, spare=spare, add=add, eps=EPS if pi0 else 0.5)
+    return Case(name, make, bytes_moved=moved, pi0=pi0, small=small)
+
+
+def _cases(add: bool) -> tuple[Case, ...]:
+    real = partial(_case, add=add, pi0=True, small=False)
+    tiny = partial(_case, add=add, pi0=False, small=True)
+    odd = partial(_case, add=add, pi0=False, small=False)
+    return (
+        real("vision 256 x 1152", 1, 256, 1152),
+        real("vision 768 x 1152", 3, 256, 1152),
+        real("above L2 49152 x 1152", 192, 256, 1152),
+        tiny("3 x 64 float32", 3, 64, dtype=torch.float32),
+        tiny("2 x 3 x 67, strided rows", 2, 3, 67, spare=5),
+        tiny("one row of 17 float16", 17, dtype=torch.float16),
+        odd("2 x 5003 x 1001, strided rows", 2, 5003, 1001, spare=3),
+        odd("333 x 1152 float32", 333, 1152, dtype=torch.float32),
+    )
+
+
+def _ahead(name: str, add: bool, launch: str) -> AheadOfTime:
+    shape = {key: value for key, value in LAUNCH[launch].items() if key != "num_warps"}
+    pointers = ("x_ptr", "branch_ptr", "weight_ptr", "bias_ptr", "sum_ptr", "y_ptr")
+    strides = dict.fromkeys(("x_B", "x_T", "branch_B", "branch_T"), "i32:16")
+    return AheadOfTime(
+        name,
+        layer_norm_kernel,
+        dict.fromkeys(pointers, "*bf16:16") | strides | {"T": "i32", "eps": "fp32"},
+        {"D": 1152, "BLOCK": 2048, **shape} | ({} if add else {"branch_ptr": None, "sum_ptr": None}),
+        num_warps=LAUNCH[launch]["num_warps"],
+    )
+
+
+KERNELS = (
+    Kernel(
+        "layer_norm",
+        layer_norm,
+        layer_norm_reference,
+        _cases(add=False),
+        (_ahead("vision", False, "few"),),
+        libraries={"aten": _aten},
+    ),
+    Kernel(
+        "add_layer_norm",
+        add_layer_norm,
+        add_layer_norm_reference,
+        _cases(add=True),
+        (_ahead("vision", True, "few"), _ahead("above L2", True, "many")),
+    ),
+)

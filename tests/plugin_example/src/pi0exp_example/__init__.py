@@ -1,0 +1,1 @@
+"""An attention option for pi0exp. Imports nothing: `python -m pi0exp --help` imports this file."""

@@ -1,0 +1,327 @@
+"""Triton kernels against their references: under Triton's interpreter everywhere, as they are on a GPU.
+
+TRITON_INTERPRET decides when a kernel's file is imported, so the interpreter has a process of its own: this file run as
+a script, which prints a line of JSON for each case.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+from packaging.version import Version
+from torch._subclasses import FakeTensorMode
+
+from pi0exp.kernels import kernel as contract
+from pi0exp.kernels.kernel import INTERPRETED, Case, Kernel, arguments_of, check, compare, discover, results
+
+CPU = torch.device("cpu")
+KERNELS = discover()
+SMALL = [(name, case.name) for name, kernel in KERNELS.items() for case in kernel.cases if case.small]
+ALL = [(name, case.name) for name, kernel in KERNELS.items() for case in kernel.cases]
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU that torch can use; this machine has none"
+)
+compiles = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: kernels cannot be traced")
+# Up to 2.3 numpy takes an array of one value for a number, on which older interpreters count in loops.
+interprets = pytest.mark.skipif(
+    Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"),
+    reason=f"the interpreter of triton {triton.__version__} needs numpy < 2.4",
+)
+
+
+def case_of(name: str, case: str) -> Case:
+    return next(c for c in KERNELS[name].cases if c.name == case)
+
+
+def forms(tensors: list[torch.Tensor]) -> list[list[Any]]:
+    return [[str(x.dtype), list(x.shape), list(x.stride())] for x in tensors]
+
+
+def misuse(kernel: Kernel, case: Case, device: torch.device) -> list[str]:
+    """What the op did to arguments that it does not own, and results that share memory with arguments."""
+    given, before = arguments_of(case, device), arguments_of(case, device)
+    returned = results(kernel.op, case, given)[: -len(case.mutates) or None]
+    inputs = {i: x for i, x in enumerate(given) if isinstance(x, torch.Tensor)}
+    changed = [i for i, x in inputs.items() if i not in case.mutates and not torch.equal(x, before[i])]
+    memory = {x.untyped_storage().data_ptr() for x in inputs.values()}
+    shared = [i for i, x in enumerate(returned) if x.untyped_storage().data_ptr() in memory]
+    return [f"argument {i} is changed" for i in changed] + [f"result {i} is an argument's memory" for i in shared]
+
+
+def interpret(names: list[str]) -> None:
+    """The other process: runs all small cases of these kernels on the CPU."""
+    torch.set_num_threads(1)
+    for name in names:
+        for case in (c for c in KERNELS[name].cases if c.small):
+            record: dict[str, Any] = {"kernel": name, "case": case.name, "error": ""}
+            try:
+                record["wrong"] = [f"{c.output}: {c.wrong}" for c in check(KERNELS[name], case, CPU) if c.wrong]
+                record["misuse"] = misuse(KERNELS[name], case, CPU)
+                record["forms"] = forms(results(KERNELS[name].op, case, arguments_of(case, CPU)))
+            except Exception:
+                record["error"] = traceback.format_exc()
+            print(json.dumps(record), flush=True)
+
+
+@pytest.fixture(scope="module")
+def interpreted(request) -> dict[tuple[str, str], dict[str, Any]]:
+    """(kernel, case) -> record, of the kernels whose tests were asked for."""
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    names = sorted({p["name"] for p in params if p.get("name") in KERNELS})
+    repository = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, __file__, *names],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    return {(record["kernel"], record["case"]): record for record in records}
+
+
+@interprets
+@pytest.mark.parametrize(("name", "case"), SMALL)
+def test_interpreted(name, case, interpreted):
+    record = interpreted[name, case]
+    assert record["error"] == ""
+    assert record["wrong"] == []
+    assert record["misuse"] == []
+
+
+@interprets
+@compiles
+@pytest.mark.parametrize(("name", "case"), SMALL)
+def test_fake_tensors_have_the_results_form(name, case, interpreted):
+    """What torch.compile believes of the op, without running it, is what it does."""
+    with FakeTensorMode() as mode:
+        given = tuple(
+            mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
+            for x in case_of(name, case).make(torch.Generator(), CPU)
+        )
+        found = forms(results(KERNELS[name].op, case_of(name, case), given))
+    assert found == interpreted[name, case]["forms"]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_is_tested_and_timed(name):
+    kernel = KERNELS[name]
+    small = [case for case in kernel.cases if case.small]
+    dtypes = {x.dtype for case in small for x in case.make(torch.Generator(), CPU) if isinstance(x, torch.Tensor)}
+    assert {torch.bfloat16, torch.float32} <= dtypes
+    assert len({case.name for case in kernel.cases}) == len(kernel.cases)
+    assert all(case.bytes_moved > 0 for case in kernel.cases if case.pi0)
+    assert any(case.pi0 for case in kernel.cases)
+    assert kernel.ahead_of_time
+
+
+def spoilt(call, spoil):
+    """`call`, whose first result, or what it first wrote to, is spoilt behind it."""
+
+    def wrong(*arguments):
+        returned = call(*arguments)
+        if isinstance(returned, torch.Tensor):
+            return spoil(returned)
+        return (spoil(returned[0]), *returned[1:])
+
+    return wrong
+
+
+def one_value_off(x):
+    x = x.clone(memory_format=torch.contiguous_format)
+    x.view(-1)[x.abs().argmax()] *= 1.0625
+    return x
+
+
+def one_nan(x):
+    x = x.clone(memory_format=torch.contiguous_format)
+    x.view(-1)[0] = math.nan
+    return x
+
+
+SPOILS = {
+    "one value off": one_value_off,
+    "all 5 % off": lambda x: x * 1.05,
+    "one NaN": one_nan,
+    "another dtype": lambda x: x.double(),
+    "one row more": lambda x: torch.cat([x, x[:1]]),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_reference_passes_its_own_comparison(name):
+    for case in (c for c in KERNELS[name].cases if c.small):
+        assert [c.wrong for c in check(KERNELS[name], case, CPU, KERNELS[name].reference) if c.wrong] == []
+
+
+@pytest.mark.parametrize("spoil", SPOILS)
+@pytest.mark.parametrize("name", KERNELS)
+def test_spoilt_result_is_found(name, spoil):
+    wrong = spoilt(KERNELS[name].reference, SPOILS[spoil])
+    for case in (c for c in KERNELS[name].cases if c.small):
+        assert any(c.wrong for c in check(KERNELS[name], case, CPU, wrong)), case.name
+
+
+def test_comparison_at_its_limits():
+    """One rounding is allowed to an op whose eager reference is exact; a little more is not."""
+    exact = torch.full((64,), 1.0, dtype=torch.float64)
+    eager, u = exact.bfloat16(), 2.0**-8
+    assert torch.finfo(torch.bfloat16).eps / 2 == u
+    assert compare("x", (exact - u).bfloat16(), eager, exact).wrong == ""  # numbers below 1 are u apart
+    assert "value" in compare("x", (exact - 2 * u).bfloat16(), eager, exact).wrong
+    slightly = torch.full((64,), 1.0 + u, dtype=torch.float32)
+    found = compare("x", slightly, exact.float(), exact)
+    assert "value" in found.wrong
+    assert "L2" in found.wrong
+    counts = torch.tensor([1, 2])
+    assert compare("x", counts, counts, counts).wrong == ""
+    assert compare("x", counts, counts + 1, counts).wrong == "2 of 2 differ"
+
+
+def rms_norm(x, weight, eps):
+    return KERNELS["rms_norm"].reference(x, weight, eps)
+
+
+def interleaved(x, cos, sin):
+    """Neighbours as pairs, as other models have them."""
+    half = x.shape[-1] // 2
+    a, b, c, s = x[..., ::2], x[..., 1::2], cos[..., :half], sin[..., :half]
+    return torch.stack([a * c - b * s, b * c + a * s], dim=-1).flatten(-2).to(x.dtype)
+
+
+def mutants() -> list[tuple[str, str, Any]]:
+    """(kernel, fault, function): mistakes one makes in writing such a kernel."""
+    r = {name: kernel.reference for name, kernel in KERNELS.items()}
+
+    def a_row_beside(*arguments):
+        q = r["rope_qkv_cached"](*arguments)
+        for room in arguments[5:7]:
+            room.copy_(room.roll(1, dims=1))
+        return q
+
+    return [
+        ("rms_norm", "weight without one", lambda x, w, e: r["rms_norm"](x, w - 1, e)),
+        ("rms_norm", "no eps", lambda x, w, e: r["rms_norm"](x, w, 0.0)),
+        ("rms_norm", "sum for mean", lambda x, w, e: r["rms_norm"](x * x.shape[-1] ** 0.5, w, e)),
+        ("add_rms_norm", "norm of x alone", lambda x, b, w, e: (x + b, rms_norm(x, w, e))),
+        ("add_rms_norm", "sum not kept", lambda x, b, w, e: (x, rms_norm(x + b, w, e))),
+        ("adarms_norm", "no shift", lambda x, s, t, e: r["adarms_norm"](x, s, t * 0, e)),
+        ("adarms_norm", "first modulation for all", lambda x, s, t, e: r["adarms_norm"](x, s[:1], t[:1], e)),
+        ("add_adarms_norm", "no gate", lambda x, b, g, *m: r["add_adarms_norm"](x, b, None, *m)),
+        (
+            "add_adarms_norm",
+            "one plus gate",
+            lambda x, b, g, *m: r["add_adarms_norm"](x, b, None if g is None else g + 1, *m),
+        ),
+        ("layer_norm", "no mean", lambda x, w, b, e: (rms_norm(x, w - 1, e) + b).to(x.dtype)),
+        ("layer_norm", "no bias", lambda x, w, b, e: r["layer_norm"](x, w, b * 0, e)),
+        ("layer_norm", "no eps", lambda x, w, b, e: r["layer_norm"](x, w, b, 0.0)),
+        ("add_layer_norm", "norm of x alone", lambda x, y, w, b, e: (x + y, r["layer_norm"](x, w, b, e))),
+        ("gated_activation", "exact gelu", lambda g, u, k: (F.silu(g) if k == "silu" else F.gelu(g)) * u),
+        ("gated_activation", "kinds swapped", lambda g, u, k: r["gated_activation"](g, u, "silu")),
+        ("gated_activation", "gate and up swapped", lambda g, u, k: r["gated_activation"](u, g, k)),
+        ("rope_qkv", "turned back", lambda q, k, v, c, s: r["rope_qkv"](q, k, v, c, -s)),
+        ("rope_qkv", "keys as they are", lambda q, k, v, c, s: (r["rope_qkv"](q, k, v, c, s)[0], k, v)),
+        ("rope_qkv", "neighbours as pairs", lambda q, k, v, c, s: (interleaved(q, c, s), interleaved(k, c, s), v)),
+        ("rope_qkv_cached", "a row beside", a_row_beside),
+        ("rope_qkv_cached", "nothing kept", lambda *a: r["rope_qkv"](*a[:5])[0]),
+    ]
+
+
+@pytest.mark.parametrize(("name", "fault", "mutant"), mutants(), ids=lambda value: value if type(value) is str else "")
+def test_wrong_maths_is_found(name, fault, mutant):
+    found = [c.wrong for case in KERNELS[name].cases if case.small for c in check(KERNELS[name], case, CPU, mutant)]
+    assert any(found)
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype)
+
+
+def qkv(T: int, S: int, start: int) -> tuple[Any, ...]:
+    turn = rows(1, T, 1, 8)
+    return rows(1, T, 2, 8), rows(1, T, 1, 8), rows(1, T, 1, 8), turn, turn, rows(1, S, 1, 8), rows(1, S, 1, 8), start
+
+
+REFUSED = {
+    "float64": ("rms_norm", lambda: (rows(2, 8, dtype=torch.float64), rows(8), 1e-6), "float64"),
+    "columns as rows": ("rms_norm", lambda: (rows(8, 2).T, rows(8), 1e-6), "adjacent"),
+    "short weight": ("rms_norm", lambda: (rows(2, 8), rows(4), 1e-6), "weight"),
+    "branch of another shape": ("add_rms_norm", lambda: (rows(2, 8), rows(1, 8), rows(8), 1e-6), "branch"),
+    "bias of another width": ("layer_norm", lambda: (rows(2, 8), rows(8), rows(4), 1e-6), "bias"),
+    "too many modulations": ("adarms_norm", lambda: (rows(2, 3, 8), rows(3, 1, 8), rows(3, 1, 8), 1e-6), "scale"),
+    "no batch": ("adarms_norm", lambda: (rows(3, 8), rows(1, 1, 8), rows(1, 1, 8), 1e-6), "[B, T, D]"),
+    "unknown kind": ("gated_activation", lambda: (rows(2, 8), rows(2, 8), "relu"), "gelu_tanh, silu"),
+    "up of another width": ("gated_activation", lambda: (rows(2, 8), rows(2, 4), "silu"), "differ"),
+    "rows beyond the room": ("rope_qkv_cached", lambda: qkv(3, 5, 3), "rows 3 to 6 of a room of 5"),
+    "rows before the room": ("rope_qkv_cached", lambda: qkv(3, 5, -1), "rows -1"),
+    "turns of other tokens": ("rope_qkv", lambda: (*qkv(3, 5, 0)[:3], rows(1, 2, 1, 8), rows(1, 2, 1, 8)), "turns no"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_arguments_that_do_not_fit_are_refused(fault):
+    name, make, message = REFUSED[fault]
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        KERNELS[name].op(*make())
+
+
+ORPHAN = "import torch\n@torch.library.custom_op('{0}::f', mutates_args=())\ndef f(x: int) -> None: ..."
+NAMED = "from pi0exp.kernels.kernel import Kernel\nKERNEL = Kernel('same', None, None, (), ())"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [({"orphan": ORPHAN}, "orphan"), ({"one": NAMED, "two": NAMED}, "same")],
+    ids=["an op without a kernel", "two of one name"],
+)
+def test_discovery_leaves_nothing_out(files, message, tmp_path, monkeypatch):
+    package = f"kernels_{message}"
+    folder = tmp_path / package
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text.format(package))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(contract, "__file__", str(folder / "kernel.py"))
+    monkeypatch.setattr(contract, "__package__", package)
+    with pytest.raises(TypeError, match=message):
+        discover()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("name", "case"), ALL)
+def test_on_gpu(name, case):
+    device = torch.device("cuda", 0)
+    assert [c for c in check(KERNELS[name], case_of(name, case), device) if c.wrong] == []
+    assert misuse(KERNELS[name], case_of(name, case), device) == []
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize(("name", "case"), SMALL)
+def test_compiled_op_is_the_op(name, case):
+    """Inductor may neither change the results nor lose what the op writes to."""
+    device, kernel = torch.device("cuda", 0), KERNELS[name]
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *arguments: kernel.op(*arguments), fullgraph=True, dynamic=False)
+    found, plain = (results(call, case_of(name, case), arguments_of(case_of(name, case), device))
+                    for call in (compiled, kernel.op))  # fmt: skip
+    for a, b in zip(found, plain, strict=True):
+        assert torch.equal(a, b)
+
+
+if __name__ == "__main__":
+    interpret(sys.argv[1:])

@@ -1,0 +1,92 @@
+"""Every kernel compiles for the GPUs it is meant for, with no GPU there, and uses their registers, memory and matrix
+units as intended. What this does not show: that it runs, is right or fast there.
+"""
+
+import re
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
+from pi0exp.kernels.kernel import INTERPRETED, AheadOfTime, discover
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled")
+
+TARGETS = {
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+    "sm_90": GPUTarget("cuda", 90, 32),
+}
+LDS_BYTES = {"gfx942": 64 * 1024, "gfx950": 160 * 1024, "sm_90": 227 * 1024}
+"""What one block may have. Triton itself does not refuse more for AMD; the launch would."""
+EVERY_DAY = {
+    ("rms_norm", "prefill"): ("gfx942", "sm_90"),
+    ("add_adarms_norm", "denoise"): ("gfx950",),
+    ("add_layer_norm", "vision"): ("gfx942",),
+    ("gated_activation", "denoise"): ("gfx950",),
+    ("rope_qkv_cached", "denoise"): ("gfx942", "sm_90"),
+    ("gemm", "bias + residual + scale"): ("gfx950",),
+    ("skinny_gemm", "groups, held"): ("gfx950",),
+}
+"""Kernel and entry -> targets that are compiled in every run; all others are `slow`."""
+EVERY = [
+    (name, entry, target) for name, k in discover().items() for entry in k.ahead_of_time for target in entry.targets
+]
+
+
+def compile_for(entry: AheadOfTime, target: str) -> CompiledKernel:
+    """Types of arguments that are constants too are passed over."""
+    names = entry.function.arg_names
+    types = {name: entry.types[name] for name in names if name not in entry.constants}
+    source = ASTSource(
+        entry.function,
+        {name: types[name].split(":")[0] if name in types else "constexpr" for name in names},
+        {(names.index(name),): value for name, value in entry.constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind.endswith(":16")},
+    )
+    # Fused multiply-add is what a launch gets; named here, since a later Triton will leave it out unless asked.
+    options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def amd_facts(assembly: str) -> dict[str, int]:
+    """The numbers in the metadata of AMD's code object."""
+    names = ("vgpr_spill_count", "sgpr_spill_count", "wavefront_size")
+    return {name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1]) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "target"),
+    [
+        pytest.param(
+            name,
+            entry,
+            target,
+            marks=() if target in EVERY_DAY.get((name, entry.name), ()) else pytest.mark.slow,
+            id=f"{name}-{entry.name}-{target}",
+        )
+        for name, entry, target in EVERY
+    ],
+)
+def test_compiles(name, entry, target, tmp_path, monkeypatch):
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    compiled = compile_for(entry, target)
+    assert compiled.metadata.shared <= LDS_BYTES[target]
+    if target == "sm_90":
+        assert compiled.asm["cubin"][:4] == b"\x7fELF"
+        assert ".target sm_90a" in compiled.asm["ptx"]
+        matrix = re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)\b", compiled.asm["ptx"])
+    else:
+        assembly = compiled.asm["amdgcn"]
+        assert compiled.asm["hsaco"][:4] == b"\x7fELF"
+        assert re.search(rf'\.amdgcn_target ".*{target}"', assembly)
+        assert amd_facts(assembly) == {"vgpr_spill_count": 0, "sgpr_spill_count": 0, "wavefront_size": 64}
+        matrix = re.findall(r"\bv_mfma_\w+", assembly)
+    assert bool(matrix) == entry.dots
+
+
+def test_every_day_entries_exist():
+    """A renamed entry must not turn into one that is compiled by nobody."""
+    wanted = {(*key, target) for key, targets in EVERY_DAY.items() for target in targets}
+    assert wanted <= {(name, entry.name, target) for name, entry, target in EVERY}
