@@ -10,6 +10,7 @@ and workloads. Words are added to each line. The same choices give the same poin
 
     --models A,B     names in conf/model; default: pi0,pi05
     --ready          only options that this machine can run; otherwise all, and lines may end as `unsupported`
+    --without G=A,B  not these options of the group G; compile modes, say, which take a minute a point
     --least N        as many points at least, by covering pairs again in other company
     --excluded       the pairs instead that cannot stand together, a point each; all of them end as `unsupported`
 """
@@ -199,13 +200,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=usage, epilog=rest, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", default="pi0,pi05")
     parser.add_argument("--ready", action="store_true")
+    parser.add_argument("--without", action="append", default=[], metavar="GROUP=NAME,...")
     parser.add_argument("--least", type=int, default=0)
     parser.add_argument("--excluded", action="store_true")
     parser.add_argument("words", nargs="*")
     given = parser.parse_args(arguments)
     machine = this_machine()
+    left_out = {
+        (group, name) for group, _, names in (one.partition("=") for one in given.without) for name in names.split(",")
+    }
+
+    def keep(group: str, name: str, option: Option) -> bool:
+        return (group.split(".")[0], name) not in left_out and not (given.ready and option.unmet(machine))
+
     try:
-        made = space(given.models.split(","), lambda group, name, option: not (given.ready and option.unmet(machine)))
+        made = space(given.models.split(","), keep)
     except UserError as error:
         print(f"pi0exp: {error}", file=sys.stderr)
         return CONFIG_ERROR

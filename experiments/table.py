@@ -1,124 +1,64 @@
-"""The Markdown table of a study's committed results:  python experiments/table.py STUDY [--write FILE]
+"""Tables of the READMEs:  python experiments/table.py --write README.md experiments/README.md
 
-With --write, the text between `<!-- table STUDY -->` and `<!-- end -->` in FILE is replaced by it, and between
-`<!-- card STUDY/KEY -->` and `<!-- end -->` by that point's card, so that no figure is ever typed by hand.
+In each FILE the text between `<!-- KIND NAME -->` and `<!-- end -->` is replaced, so that no figure and no list of
+options is ever typed by hand:
+
+    table STUDY         the points of experiments/results/STUDY, with latencies
+    checks STUDY        the same without, for points that shared a GPU while they were measured
+    card STUDY/KEY      the card of one point
+    kernels FILE        experiments/times/FILE.json, which `python -m pi0exp.kernels.bench --json` writes
+    rewrites FILE       the same, which `python experiments/rewrites.py` writes
+    conf TABLE          what conf/ holds: options, stacks, inputs, switches
+
+`python experiments/table.py KIND NAME` prints one.
 """
 
 import argparse
 import re
 import sys
-import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pi0exp.card import card
-from pi0exp.load import read_record
-from pi0exp.track import Record
+from pi0exp.experiments.tables import benches, conf, points
 
-PLAIN = {"attention": "eager", "gemm": "blas", "fusion": "none", "image_masking": "keep", "precision": "bf16"}
-PLAIN |= {"graphs": "none", "compile_mode": "none"}
-COLUMNS = (
-    "model",
-    "workload",
-    "options",
-    "p50 ms",
-    "p90 ms",
-    "host p50 ms",
-    "Hz",
-    "of roofline",
-    "error (plain bf16's)",
-)
+CONF = {"options": conf.options, "stacks": conf.stacks, "inputs": conf.inputs, "switches": conf.switches}
+KINDS: dict[str, Callable[[str], str]] = {
+    "table": points.times,
+    "checks": points.checks,
+    "card": points.point_card,
+    "kernels": benches.kernels,
+    "rewrites": benches.rewrites,
+    "conf": lambda name: CONF[name](),
+}
+BLOCK = re.compile(r"(?P<start><!-- (?P<kind>\w+) (?P<name>\S+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 
 
-def options(params: dict[str, str]) -> str:
-    special = [
-        f"{name}={value}" for name, value in params.items() if PLAIN.get(name.split(".")[0]) not in (None, value)
-    ]
-    return f"`{' '.join(special)}`" if special else "none: plain PyTorch"
+def made(kind: str, name: str) -> str:
+    """The text of a block. SystemExit for a kind or a table that is not there."""
+    if kind not in KINDS or (kind == "conf" and name not in CONF):
+        raise SystemExit(f"no block {kind} {name}: there are {', '.join(KINDS)}, and of conf {', '.join(CONF)}")
+    return KINDS[kind](name)
 
 
-def row(record: Record) -> list[str]:
-    params, metrics = record["params"], record["metrics"]
-    if record["outcome"] != "ok":
-        return [params["model"], params["workload"], options(params), *[record["outcome"]] * (len(COLUMNS) - 3)]
-    share = f"{100 * metrics['roofline/share']:.0f} %" if "roofline/share" in metrics else "-"
-    own = next((value for name, value in metrics.items() if name.startswith("error/rel_l2_plain_")), float("nan"))
-    numbers = [f"{metrics[name]:.2f}" for name in ("latency_ms/p50", "latency_ms/p90", "latency_host_ms/p50")]
-    error = f"{metrics['error/rel_l2']:.1e} ({own:.1e})"
-    return [
-        params["model"],
-        params["workload"],
-        options(params),
-        *numbers,
-        f"{metrics['throughput_hz']:.1f}",
-        share,
-        error,
-    ]
-
-
-def order(record: Record) -> tuple[Any, ...]:
-    return record["params"]["model"], record["params"]["workload"], -record["metrics"].get("latency_ms/p50", 0.0)
-
-
-def results(study: str) -> list[Path]:
-    files = sorted((ROOT / "experiments" / "results" / study).rglob("*.json*"))
-    if not files:
-        raise SystemExit(f"no results in experiments/results/{study}")
-    return files
-
-
-def point_card(study: str, key: str) -> str:
-    """What the run printed, indented as a block of text."""
-    file = next((file for file in results(study) if file.name.startswith(f"{key}.")), None)
-    if file is None:
-        raise SystemExit(f"no result {key} in experiments/results/{study}")
-    return "\n" + textwrap.indent(card(read_record(file), "(its id)", settled=False), "    ") + "\n\n"
-
-
-def table(study: str) -> str:
-    """One line of text a machine, then its points, slowest first."""
-    files = results(study)
-    parts = []
-    for folder in sorted({file.parent for file in files}):
-        records = sorted((read_record(file) for file in files if file.parent == folder), key=order)
-        prints = records[0]["fingerprint"]
-        commits = ", ".join(sorted({record["fingerprint"]["commit"][:10] for record in records}))
-        days = ", ".join(sorted({record["fingerprint"]["date"] for record in records}))
-        samples = max(len(record["samples"].get("latency_ms", [])) for record in records)
-        parts.append(
-            f"{prints['gpu']}, driver {prints['driver'] or '-'}, torch {prints['versions']['torch']}, {days}, commit"
-            f" {commits}; {samples} calls back to back.\n"
-        )
-        lines = [list(COLUMNS), ["---"] * 3 + ["---:"] * (len(COLUMNS) - 3), *map(row, records)]
-        parts.append("\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n")
-    return "\n".join(parts)
-
-
-def written(text: str, study: str) -> str:
-    """`text` with its table of `study`, and the cards of its points, replaced."""
-    if f"<!-- table {study} -->\n" not in text:
-        raise SystemExit(f"there is no line <!-- table {study} --> to write the table behind")
-
-    def made(match: re.Match[str]) -> str:
-        block = table(study) if match["kind"] == "table" else point_card(study, match["key"])
-        return f"{match['start']}{block}<!-- end -->"
-
-    block = rf"(?P<start><!-- (?P<kind>table|card) {study}(/(?P<key>\w+))? -->\n).*?<!-- end -->"
-    return re.sub(block, made, text, flags=re.DOTALL)
+def written(text: str) -> str:
+    """`text` with every block made anew."""
+    return BLOCK.sub(lambda match: match["start"] + made(match["kind"], match["name"]) + match["end"], text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study")
-    parser.add_argument("--write", type=Path, metavar="FILE")
+    parser.add_argument("block", nargs="*", metavar="KIND NAME")
+    parser.add_argument("--write", type=Path, nargs="+", default=[], metavar="FILE")
     given = parser.parse_args()
-    if given.write is None:
-        print(table(given.study))
-    else:
-        given.write.write_text(written(given.write.read_text(), given.study))
+    if len(given.block) != (0 if given.write else 2):
+        parser.error("either KIND NAME or --write FILE ...")
+    for file in given.write:
+        file.write_text(written(file.read_text()))
+    if given.block:
+        print(made(*given.block), end="")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def attention_case(
 
     values = 2 * B * T * N * H + 2 * B * S * K * H
     moved = values * dtype.itemsize + (0 if hidden is None else B * S)
-    return Case(name, make, 4.0 * B * N * T * S * H, float(moved), pi0=pi0 and not small, small=small)
+    return Case(name, make, 4.0 * B * N * T * S * H, float(moved), pi0=pi0 and not small, small=small, terms=H + S)
 
 
 def _sdpa(

@@ -41,11 +41,13 @@ class Launch:
 
 
 LAUNCHES: dict[str, dict[str, Launch]] = {
-    # NVIDIA H200; not tuned yet.
+    # NVIDIA H200, torch 2.11, Triton 3.6, 2026-11-24. A vision tile with a tail and one stage computes something else
+    # there (Triton 3.6 only; found by the sweep), so it must have two.
     "sm_90": {
-        "vision": Launch(64, 64, 4, 2, tail=True),
-        "prefill": Launch(64, 64, 8, 2),
-        "denoise": Launch(32, 64, 4, 1, programs=132),
+        "vision": Launch(64, 128, 4, 2, tail=True),
+        "prefill": Launch(64, 64, 4, 3),
+        "denoise": Launch(32, 128, 4, 2, programs=100),
+        "denoise, few rows": Launch(16, 64, 4, 1, programs=100),
     },
     # AMD's MI300X and MI350X: without spills in 64 KiB of shared memory; not tuned, no such machine was there.
     "gfx": {
@@ -67,14 +69,22 @@ LAUNCHES: dict[str, dict[str, Launch]] = {
     },
 }
 """Architecture -> stage -> parameters. The stage is told by the op and the head dim; see `launch_for`."""
+FEW_ROWS = 128
+"""Query tokens times heads: 88 for a horizon of 10 with the state's token, 408 for one of 50."""
 FLOAT32 = Launch(16, 32, 4, 1, programs=132)
 """Of float32 on every GPU: without matrix units its products are unrolled, so a larger tile spills registers."""
 
 
 def launch_for(stage: str, q: Tensor) -> Launch:
-    """The parameters for a stage on the device and for the dtype of `q`."""
+    """The parameters for a stage on the device and for the dtype of `q`.
+
+    A stage of which there is a variant for few rows takes that where the heads of a key/value head make few rows.
+    """
     arch = architecture(q.device)
-    return FLOAT32 if q.dtype == torch.float32 and arch != "interpreter" else LAUNCHES[arch][stage]
+    if q.dtype == torch.float32 and arch != "interpreter":
+        return FLOAT32
+    table, few = LAUNCHES[arch], f"{stage}, few rows"
+    return table[few] if few in table and q.shape[1] * q.shape[2] <= FEW_ROWS else table[stage]
 
 
 @cache

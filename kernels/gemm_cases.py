@@ -39,7 +39,7 @@ def case(
 
     values = M * K + C * K + M * N + bias * C + residual * M * N + scale_rows * N
     size = torch.empty((), dtype=dtype).element_size()
-    return Case(name, make, 2.0 * M * C * K, float(values * size), pi0, small)
+    return Case(name, make, 2.0 * M * C * K, float(values * size), pi0, small, terms=K)
 
 
 def small_cases(M: int, **more: Any) -> tuple[Case, ...]:

@@ -160,16 +160,18 @@ class Launch:
 
 
 LAUNCH: dict[tuple[str, int, int, int], Launch] = {
-    ("sm_90", 16, 2560, 1024): Launch(16, 128, GROUPS=8, HELD=True, num_warps=8),
-    ("sm_90", 16, 1024, 2048): Launch(16, 256, GROUPS=8, HELD=True, num_warps=8),
-    ("sm_90", 16, 8192, 1024): Launch(16, 128, GROUPS=8, HELD=True, num_warps=8),
-    ("sm_90", 16, 1024, 4096): Launch(16, 256, GROUPS=8, SPLITS=2, HELD=True, num_warps=8),
-    ("sm_90", 64, 2560, 1024): Launch(32, 128, SPLITS=2, X_LEFT=True, num_stages=4),
-    ("sm_90", 64, 1024, 2048): Launch(32, 128, SPLITS=4, X_LEFT=True, num_stages=4),
-    ("sm_90", 64, 8192, 1024): Launch(32, 128, X_LEFT=True, num_stages=4),
-    ("sm_90", 64, 1024, 4096): Launch(32, 128, SPLITS=8, X_LEFT=True, num_stages=4),
+    ("sm_90", 16, 2560, 1024): Launch(32, 256, SPLITS=2, HELD=True, X_LEFT=True, num_warps=2),
+    ("sm_90", 16, 1024, 2048): Launch(64, 256, SPLITS=4, HELD=True),
+    ("sm_90", 16, 8192, 1024): Launch(32, 256, SPLITS=2, HELD=True),
+    ("sm_90", 16, 1024, 4096): Launch(64, 256, SPLITS=8, HELD=True, X_LEFT=True, num_warps=8),
+    ("sm_90", 64, 2560, 1024): Launch(16, 128, X_LEFT=True, num_stages=6),
+    ("sm_90", 64, 1024, 2048): Launch(16, 256, SPLITS=2, X_LEFT=True, num_stages=4),
+    ("sm_90", 64, 8192, 1024): Launch(32, 128, num_stages=6),
+    ("sm_90", 64, 1024, 4096): Launch(64, 128, SPLITS=8, num_stages=4),
 }
-"""(architecture, rows padded to 16, 32 or 64, rows of the weight, K) -> what is launched there."""
+"""(architecture, rows padded to 16, 32 or 64, rows of the weight, K) -> what is launched there.
+
+The best of 453 candidates in a chain of 720 dependent products on an H200 (torch 2.11, Triton 3.6, 2026-11-24)."""
 OTHERS = Launch(32, 64, num_warps=4)
 FLOAT32 = Launch(16, 32, num_warps=4)
 

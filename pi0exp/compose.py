@@ -1,8 +1,10 @@
 """Everything that needs Hydra while composing: where its folders are, and options of single stages."""
 
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +189,11 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def plain(cfg: DictConfig, chosen: dict[str, str]) -> dict[str, Any]:
-    """The composed configuration as a dict, stages resolved, the names of the options under `names`."""
+    """The composed configuration as a dict, stages resolved.
+
+    `names` has the names of the options, `changed` the settings in which they differ from their files, by dotted keys:
+    {"fusion.rewrites.batch_cameras": "true"}. A named stack changes settings just as the command line does.
+    """
     try:
         composed = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
@@ -196,13 +202,46 @@ def plain(cfg: DictConfig, chosen: dict[str, str]) -> dict[str, Any]:
     result: dict[str, Any] = {str(key): value for key, value in composed.items() if key != "hydra"}
     if unknown := [key for key in result if key not in (*OWN, *chosen)]:
         raise UserError(f"{unknown[0]}: no such setting; there are {', '.join([*OWN, *sorted(chosen)])}")
-    result["names"] = dict(chosen)
-    for group in STAGED:
-        for stage in STAGES if isinstance(result.get(group), dict) else ():
-            if (node := result[group].get(stage)) is not None:
-                name, inner = stage_option(group, stage, node)
-                result[group][stage], result["names"][f"{group}.{stage}"] = inner, name
+    result["names"], result["changed"] = dict(chosen), {}
+    nodes = {group: node for group, node in result.items() if group in chosen and isinstance(node, dict)}
+    options = {group: node for group, node in nodes.items() if "_target_" in node}
+    files = as_in_files(cfg, {group: chosen[group] for group in options})
+    for group, node in options.items():
+        stages = [stage for stage in STAGES if group in STAGED and node.get(stage) is not None]
+        own, file = ({key: value for key, value in one.items() if key not in stages} for one in (node, files[group]))
+        result["changed"] |= differences(own, file, f"{group}.")
+        for stage in stages:
+            inner_name, inner = stage_option(group, stage, node[stage])
+            node[stage], result["names"][f"{group}.{stage}"] = inner, inner_name
+            result["changed"] |= differences(inner, option_node(group, inner_name), f"{group}.{stage}.")
     return result
+
+
+def as_in_files(cfg: DictConfig, options: dict[str, str]) -> dict[str, Any]:
+    """The composed configuration with each of these options, group -> name, as its file has it; stages unresolved."""
+    files = compose("config", overrides=[f"{group}={name}" for group, name in options.items()])
+    copied = deepcopy(cfg)
+    for group in options:
+        copied[group] = files[group]  # there what it takes over from other groups is as in `cfg`
+    composed = OmegaConf.to_container(copied, resolve=True)
+    assert isinstance(composed, dict)
+    return {str(key): value for key, value in composed.items()}
+
+
+def differences(node: dict[str, Any], file: dict[str, Any], prefix: str) -> dict[str, str]:
+    """Dotted key -> value, as one writes it on the command line, of what stands in `node` otherwise than in `file`.
+
+    What only `file` has and is not null is "removed".
+    """
+    changed: dict[str, str] = {}
+    for key in dict.fromkeys([*node, *file]):
+        mine, theirs = node.get(key), file.get(key)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            changed |= differences(mine, theirs, f"{prefix}{key}.")
+        elif mine != theirs:
+            text = mine if isinstance(mine, str) else json.dumps(mine)
+            changed[f"{prefix}{key}"] = text if key in node else "removed"
+    return changed
 
 
 def from_words(words: Sequence[str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ PLAIN_BYTES = 1_000_000
 
 _NEEDED = ("key", "study", "experiment", "outcome", "params", "metrics", "samples", "fingerprint")
 _TEXTS = ("key", "study", "outcome", "numerics", "log")
-_OBJECTS = ("experiment", "params", "metrics", "samples", "fingerprint", "facts", "applied")
+_OBJECTS = ("experiment", "params", "metrics", "samples", "fingerprint", "facts", "applied", "files")
 
 
 def gpu_slug(gpu: str) -> str:
@@ -116,6 +116,8 @@ def _fits(name: str, value: Any) -> bool:
             return False
         case "params" | "facts":
             return _texts(list(value.values()))
+        case "files":  # their names become names of files in the store
+            return _texts(list(value.values())) and all(NAME.fullmatch(name) for name in value)
         case "applied":
             return all(_texts(one) for one in value.values())
         case "metrics":

@@ -20,8 +20,8 @@ from typing import Any
 
 from pi0exp.errors import UserError
 
-PACKAGES = ("torch", "triton", "pi0exp")
-"""Distributions whose versions belong to the identity of a measurement."""
+PACKAGES = ("torch", "triton", "pi0exp", "amd-aiter")
+"""Distributions whose versions, where they are installed, belong to the identity of a measurement."""
 
 
 @dataclass(frozen=True)

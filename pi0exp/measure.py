@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from pi0exp import config, subject
-from pi0exp.errors import UserError
+from pi0exp.errors import UnsupportedError, UserError
 from pi0exp.machine import Machine, commit, set_environment, this_machine
 from pi0exp.result import CONFIG_ERROR, Outcome, Result
 
@@ -147,6 +147,8 @@ def guarded(plain: dict[str, Any]) -> Result:
         return Result(Outcome.OOM, ["the host ran out of memory"])
     except UserError:
         raise
+    except UnsupportedError as error:  # of an option that can tell only once it sees the model or an input
+        return Result(Outcome.UNSUPPORTED, [" ".join(str(error).split())])
     except Exception as error:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

@@ -105,6 +105,10 @@ class Option:
         """Variables that libraries read at their first use; the measuring process sets them before it builds."""
         return {}
 
+    def files(self) -> list[str]:
+        """Paths of the files that its settings name. What stands in them belongs to the key of a point."""
+        return []
+
     def unmet(self, machine: Machine) -> list[str]:
         """Why it cannot run on `machine`; for options whose needs depend on their settings to extend."""
         return self.requires.unmet(machine)

@@ -1,5 +1,6 @@
 """One point of a run or sweep: check it, look whether it is settled, measure it in a child, record it, show it."""
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pi0exp import compose, config, interrupts, plugins, subject
-from pi0exp.card import card, console
+from pi0exp.card import card, console, word
+from pi0exp.errors import UserError
 from pi0exp.isolate import measure_isolated
 from pi0exp.key import point_key
 from pi0exp.load import try_folder, write_record
@@ -19,8 +21,8 @@ from pi0exp.track import Store
 
 LABELS = ("stack", "study")
 """Names that stand for other choices, which are there themselves."""
-FRAME = ("name", "resume", "track")
-"""What does not make a point: two configurations that agree in everything else are one point."""
+FRAME = ("name", "resume", "track", "changed")
+"""What does not make a point, or says again what does: two that agree in everything else are one point."""
 
 
 def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
     if results is not None:
         try_folder(results)
     experiment = experiment_of(plain)
-    key, name, params = point_key(experiment, machine.identity()), run_name(plain["names"]), run_params(plain, thing)
+    key, name, params = point_key(experiment, machine.identity()), run_name(plain), run_params(plain, thing)
     if run.resume and (settled := store.settled(run.name, key)) is not None:
         if results is not None:
             write_record(settled.record, results)
@@ -76,32 +78,47 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def experiment_of(plain: dict[str, Any]) -> dict[str, Any]:
-    """What makes the point: all that is asked, and the code of others that it names."""
+    """What makes the point: all that is asked, and of what it names the code of others and the content of files.
+
+    Raises UserError for a file that cannot be read.
+    """
     experiment = {name: part for name, part in plain.items() if name not in FRAME}
     experiment["names"] = {group: name for group, name in plain["names"].items() if group not in LABELS}
     sources = plugins.foreign_sources(experiment)
-    return experiment | ({"plugins": sources} if sources else {})
+    files = file_digests(plain)
+    return experiment | ({"plugins": sources} if sources else {}) | ({"files": files} if files else {})
+
+
+def file_digests(plain: dict[str, Any]) -> dict[str, str]:
+    """Path -> SHA-256, in hex, of each file that a setting of an option names."""
+    options = [config.option(group, plain[group]) for group in config.GROUPS if plain.get(group) is not None]
+    paths = [path for option in options for _, part in option.parts() for path in part.files()]
+    try:
+        return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from error
 
 
 def run_params(plain: dict[str, Any], thing: subject.Subject) -> dict[str, str]:
     """One parameter a group with its option's name, the stack first, and the subject's; all else is in experiment.json.
 
-    Options of single stages follow their group.
+    Options of single stages, and settings that are not as in the option's file, follow their group.
     """
     names = {name: str(option) for name, option in plain["names"].items() if name != "study"}
-    stack = [name for group in config.GROUPS for name in names if name.split(".")[0] == group]
-    return {name: names[name] for name in dict.fromkeys([*stack, *names])} | thing.params()
+    return stack_params(plain) | names | thing.params()
 
 
-def run_name(names: dict[str, str]) -> str:
-    """What is measured, and the stack's name if it has one, else its options that are not the plain ones."""
-    defaults = compose.defaults()
+def stack_params(plain: dict[str, Any]) -> dict[str, str]:
+    """The part of `run_params` that is the stack, in the order of application."""
+    given = plain["names"] | plain["changed"]
+    return {name: given[name] for group in config.GROUPS for name in given if name.split(".")[0] == group}
+
+
+def run_name(plain: dict[str, Any]) -> str:
+    """What is measured, and the stack's name if it has one, else its options and settings that are not plain."""
+    names, defaults = plain["names"], compose.defaults()
     what = [name for group, name in names.items() if group.split(".")[0] not in (*config.GROUPS, *_UNNAMED)]
-    special = [
-        f"{group}={name}"
-        for group, name in names.items()
-        if group.split(".")[0] in config.GROUPS and defaults.get(group) != name
-    ]
+    special = [word(name, value) for name, value in stack_params(plain).items() if defaults.get(name) != value]
     return "  ".join([*what, names.get("stack") or " ".join(special) or "plain"])
 
 

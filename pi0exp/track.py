@@ -154,8 +154,7 @@ class Store:
             stored = self._stored(run)
             if stored is None:
                 continue
-            # As text: NaN differs from itself.
-            if json.dumps(stored.record, sort_keys=True) == json.dumps(record, sort_keys=True):
+            if _text(stored.record) == _text(record):
                 return stored.run_id
             if Outcome(stored.record["outcome"]).settled or run.data.tags.get("imported"):
                 raise UserError(
@@ -234,6 +233,11 @@ class Store:
             return Stored(run_id, json.loads(text))
         except ValueError as error:
             raise UserError(f"{self._name}: result.json of run {run_id} is torn ({error}); delete that run") from error
+
+
+def _text(record: Record) -> str:
+    """A record for comparison: as text, since NaN differs from itself. Earlier versions wrote no files."""
+    return json.dumps({"files": {}} | record, sort_keys=True)
 
 
 def _chunks(items: list[_T], size: int) -> Iterator[list[_T]]:

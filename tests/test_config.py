@@ -1,7 +1,7 @@
 """Every yaml file composes and types, and what cannot be is told in one line that names the key."""
 
 from dataclasses import fields
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import pytest
@@ -11,20 +11,23 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from pi0exp import compose, config
+from pi0exp import compose, config, plugins
 from pi0exp.attention.eager import Eager
 from pi0exp.attention.sdpa import Backend, Sdpa
+from pi0exp.card import asked, word
 from pi0exp.config import GROUPS, Device, MeasureConfig, Stack, Weights
 from pi0exp.errors import UserError
 from pi0exp.model.config import ModelConfig, tiny
 from pi0exp.option import STAGES, Option, StagedOption
-from pi0exp.point import run_name, run_params
+from pi0exp.point import experiment_of, run_name, run_params
 from pi0exp.policy_subject import PolicySubject
 from pi0exp.workload import Workload
 
 STUDIES = sorted(file.stem for file in (compose.PACKAGE / "experiments" / "study").glob("*.yaml"))
 OPTIONS = [(group, name) for group in GROUPS for name in GROUPS_OF[group]]
-ORDER = ("precision", "image_masking", "fusion", "gemm", "attention", "compile_mode", "graphs")
+ORDER = ("image_masking", "fusion", "precision", "gemm", "attention", "compile_mode", "graphs")
+REQUIRED = {("compile_mode", "aggressive"): ("options",)}
+"""Settings for which only the file of an option has values; its class refuses to be made without them."""
 
 
 def file_of(group: str, name: str) -> Path:
@@ -54,12 +57,28 @@ def test_every_file_composes_and_types(group: str, name: str):
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS)
 def test_file_of_an_option_lists_its_settings(group: str, name: str):
-    """All of them, with the defaults of the class, so that the file is where one looks them up."""
+    """All of them, with the defaults of the class, so that the file is where one looks them up.
+
+    A file that builds on another one lists what it has otherwise.
+    """
     values = dict(OmegaConf.load(file_of(group, name)))
-    made = config.option(group, plain_config(f"{group}={name}")[group])
+    plain = plain_config(f"{group}={name}")
+    made = config.option(group, plain[group])
+    assert plain["changed"] == {}
+    if bases := values.pop("defaults", None):
+        base, own = bases
+        assert own == "_self_"
+        below = plain_config(f"{group}={base}")[group]
+        assert plain[group] == below | values
+        assert all(value != below[key] for key, value in values.items())
+        return
     assert f"{type(made).__module__}.{type(made).__name__}" == values.pop("_target_")
     assert list(values) == [*(f.name for f in fields(made) if f.name not in STAGES), *(STAGES if stages(made) else ())]
-    assert made == type(made)()
+    required = {setting: getattr(made, setting) for setting in REQUIRED.get((group, name), ())}
+    assert made == type(made)(**required)
+    if required:
+        with pytest.raises(ValueError, match=r"\w+ is empty"):
+            type(made)()
 
 
 def stages(option: Option) -> bool:
@@ -136,10 +155,21 @@ def test_every_point_of_a_study_types_and_differs(study: str):
     assert all(one != other for i, one in enumerate(stacks) for other in stacks[:i]), "two points are the same"
 
 
-def test_ladder_adds_one_option_a_rung():
-    rungs = [plain_config(*point)["names"] for point in points("ladder")]
-    changed = [[group for group in GROUPS if a[group] != b[group]] for a, b in pairwise(rungs)]
-    assert changed == [["graphs"], ["attention"], ["image_masking"]]
+def test_named_stacks_differ_pairwise():
+    made = {name: config.stack(plain_config(f"stack={name}")) for name in GROUPS_OF["stack"]}
+    assert [(a, b) for a, b in combinations(made, 2) if made[a] == made[b]] == []
+
+
+def test_ladder_changes_one_group_a_rung():
+    rungs = [name for name in GROUPS_OF["stack"] if name[0].isdigit()]
+    assert [int(name.partition("_")[0]) for name in rungs] == list(range(len(rungs)))
+    climbed = [word for point in points("ladder") for word in point]
+    assert climbed == [f"stack={name}" for name in rungs[: len(climbed)]]
+    made = [dict(config.stack(plain_config(f"stack={name}")).options()) for name in rungs]
+    assert list(made[0]) == list(GROUPS)
+    changed = [[group for group in GROUPS if a[group] != b[group]] for a, b in pairwise(made)]
+    assert changed[:4] == [["graphs"], ["attention"], ["image_masking"], ["fusion"]]
+    assert all(len(groups) == 1 for groups in changed)
 
 
 # ---- the stack
@@ -182,12 +212,92 @@ def test_stage_is_among_names_and_parameters(word: str):
     assert (plain["names"]["attention"], plain["names"]["attention.denoise"]) == ("sdpa", "eager")
     params = run_params(plain, PolicySubject.from_plain(plain))
     assert (params["attention"], params["attention.denoise"]) == ("sdpa", "eager")
-    assert "attention.denoise=eager" in run_name(plain["names"])
+    assert run_name(plain) == "pi0  default  attention=sdpa attention.denoise=eager"
     assert "attention.denoise" not in plain_config("attention=sdpa")["names"]
+
+
+CHANGED = [
+    (["fusion.rewrites.batch_cameras=true"], {"fusion.rewrites.batch_cameras": "true"}, "+batch_cameras"),
+    (["fusion.rewrites.batch_cameras=false"], {}, "plain"),
+    (
+        ["fusion=projections", "fusion.qkv=false"],
+        {"fusion.qkv": "false"},
+        "fusion=projections fusion.qkv=false",
+    ),
+    (["attention=sdpa", "attention.backend=auto"], {}, "attention=sdpa"),
+    (["gemm.library=cublaslt"], {"gemm.library": "cublaslt"}, "gemm.library=cublaslt"),
+    (["gemm=tunable", "gemm.max_duration_ms=5"], {"gemm.max_duration_ms": "5"}, "gemm=tunable gemm.max_duration_ms=5"),
+    (
+        ["attention=sdpa", "attention.backend=flash", "attention.denoise={name: sdpa, backend: math}"],
+        {"attention.backend": "flash", "attention.denoise.backend": "math"},
+        "attention=sdpa attention.denoise=sdpa attention.backend=flash attention.denoise.backend=math",
+    ),
+    (
+        ["compile_mode=aggressive", "~compile_mode.options.max_fusion_size", "compile_mode.region=block"],
+        {"compile_mode.region": "block", "compile_mode.options.max_fusion_size": "removed"},
+        "compile_mode=aggressive compile_mode.region=block compile_mode.options.max_fusion_size=removed",
+    ),
+    (["graphs=manual", "graphs.warmup=${measure.inputs}"], {"graphs.warmup": "8"}, "graphs=manual graphs.warmup=8"),
+    (["measure.samples=9", "workload.seed=3"], {}, "plain"),
+]
+
+
+@pytest.mark.parametrize(("words", "changed", "named"), CHANGED, ids=[" ".join(words) for words, _, _ in CHANGED])
+def test_settings_that_are_not_as_in_the_file_are_parameters(words: list[str], changed: dict[str, str], named: str):
+    plain = plain_config(*words)
+    assert plain["changed"] == changed
+    params = run_params(plain, PolicySubject.from_plain(plain))
+    assert {name: params[name] for name in params if name in stack_settings(params)} == changed
+    assert run_name(plain) == f"pi0  default  {named}"
+
+
+def stack_settings(params: dict[str, str]) -> list[str]:
+    """The parameters of the groups of the stack that do not name an option."""
+    options = (*GROUPS, *(f"{group}.{stage}" for group in compose.STAGED for stage in STAGES))
+    return [name for name in params if name.split(".")[0] in GROUPS and name not in options]
+
+
+def test_settings_of_a_named_stack_are_parameters():
+    plain = plain_config("stack=7_hoists", "fusion.rewrites.hoist_time=false")
+    params = run_params(plain, PolicySubject.from_plain(plain))
+    assert (params["stack"], params["fusion"]) == ("7_hoists", "projections")
+    assert params["fusion.rewrites.batch_cameras"] == params["fusion.rewrites.trim_prompt"] == "true"
+    assert "fusion.rewrites.hoist_time" not in params
+    groups = [name.split(".")[0] for name in params]
+    assert list(dict.fromkeys(groups))[: len(GROUPS)] == list(GROUPS), "settings follow their group"
+    assert run_name(plain) == "pi0  default  7_hoists"
+
+
+def test_card_shows_rewrites_by_their_names():
+    plain = plain_config("stack=5_cameras", "attention.backend=math")
+    (name, text), *_ = asked(run_params(plain, PolicySubject.from_plain(plain)))
+    assert name == "stack"
+    assert " fusion=projections +batch_cameras " in text
+    assert " attention=sdpa attention.backend=math " in text
+    assert word("fusion.rewrites.batch_cameras", "false") == "-batch_cameras"
+
+
+def test_an_option_may_take_a_setting_from_another_group(tmp_path, monkeypatch):
+    """What its file takes over is as in the file, whatever the other group says."""
+    monkeypatch.setattr(plugins, "installed", lambda: (plugins.Plugin("echo", "1", "echo", tmp_path),))
+    (tmp_path / "graphs").mkdir()
+    text = "_target_: pi0exp.graphs.manual.Manual\nwarmup: ${workload.seed}\nmax_graphs: 8\n"
+    (tmp_path / "graphs" / "echo.yaml").write_text(text)
+    plain = compose.from_words(["graphs=echo", "workload.seed=3"])
+    assert (plain["graphs"]["warmup"], plain["changed"]) == (3, {})
+    plain = compose.from_words(["graphs=echo", "workload.seed=3", "graphs.warmup=4"])
+    assert plain["changed"] == {"graphs.warmup": "4"}
+
+
+def test_what_says_the_same_again_is_no_part_of_a_point():
+    plain = plain_config("stack=5_cameras")
+    assert plain["changed"]
+    assert "changed" not in experiment_of(plain)
 
 
 # ---- mistakes
 
+ATTENTIONS = ", ".join(GROUPS_OF["attention"])
 WRONG = [
     # wrong types and names
     ("workload.batch_size=two", "workload.batch_size: "),
@@ -238,11 +348,11 @@ WRONG = [
     ("~workload", "workload is None; it must hold settings"),
     # stages
     ("+graphs.denoise.name=manual", "graphs.denoise: graphs cannot be set for single stages"),
-    ("attention.denoise=flsh", "attention.denoise is 'flsh'; it must name one of eager, sdpa"),
-    ("attention.denoise=3", "attention.denoise is 3; it must name one of eager, sdpa"),
-    ("attention.denoise=[sdpa]", "attention.denoise is ['sdpa']; it must name one of eager, sdpa"),
+    ("attention.denoise=flsh", f"attention.denoise is 'flsh'; it must name one of {ATTENTIONS}, or"),
+    ("attention.denoise=3", f"attention.denoise is 3; it must name one of {ATTENTIONS}, or"),
+    ("attention.denoise=[sdpa]", f"attention.denoise is ['sdpa']; it must name one of {ATTENTIONS}, or"),
     ("attention.denoise={backend:math}", "attention.denoise is {'backend': 'math'}; it must name one of"),
-    ("gemm.vision=sdpa", "gemm.vision is 'sdpa'; it must name one of blas"),
+    ("gemm.vision=sdpa", f"gemm.vision is 'sdpa'; it must name one of {', '.join(GROUPS_OF['gemm'])}, or"),
     ("attention.denoise={name:sdpa,foo:1}", "attention.denoise.foo: attention=sdpa has no such setting; it has: backe"),
     (
         "attention.denoise={name:eager,foo:1}",

@@ -12,7 +12,7 @@ from toy_subjects import Toy
 
 from pi0exp import isolate
 from pi0exp.errors import UserError
-from pi0exp.measure import measure
+from pi0exp.measure import guarded, measure
 from pi0exp.result import Outcome
 
 SETTINGS = {"device": "cpu", "warmup_calls": 1, "warmup_s": 0.0, "warmup_max_s": 0.0, "samples": 3, "host_samples": 1}
@@ -48,6 +48,14 @@ def test_toy_is_measured():
     assert result.metrics["startup_s/build"] == 0.5
 
 
+@pytest.mark.parametrize(("fault", "reason"), [("late", "no second call"), ("lacking", "no wheels")])
+def test_what_only_the_option_itself_can_tell_is_unsupported(fault, reason):
+    result = guarded(plain(fault))
+    assert result.outcome is Outcome.UNSUPPORTED
+    assert [text.endswith(reason) for text in result.reasons] == [True]
+    assert result.metrics == {}
+
+
 @pytest.mark.parametrize(
     ("fault", "outcome", "reason"),
     [
@@ -57,6 +65,8 @@ def test_toy_is_measured():
         ("loud", "error", "RuntimeError: hoarse"),
         ("half", "error", "the measuring process wrote a result that cannot be read: Unterminated string"),
         ("orphan", "ok", ""),
+        ("late", "unsupported", "the toy takes no second call"),
+        pytest.param("lacking", "unsupported", "the toy has no wheels", marks=pytest.mark.slow),
         pytest.param("silent", "error", "ended with code 0 and no result", marks=pytest.mark.slow),
         pytest.param("two", "error", "ended with code 2 and no result", marks=pytest.mark.slow),
         pytest.param("foreign", "error", "a result that is ok must carry latency_ms/p50", marks=pytest.mark.slow),

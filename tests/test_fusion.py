@@ -16,7 +16,7 @@ from pi0exp.fusion import steps
 from pi0exp.fusion.fusion import Fusion
 from pi0exp.fusion.keys_only import KeysOnly, NoNorm
 from pi0exp.fusion.rewrites import Rewrites
-from pi0exp.model.gemma import GemmaAttention, LayerCache
+from pi0exp.model.gemma import GemmaAttention
 from pi0exp.model.layers import AdaRMSNorm, Linear
 from pi0exp.model.pi0 import Context
 from pi0exp.model.siglip import VisionAttention
@@ -162,7 +162,7 @@ def test_state_token_is_computed_once():
     policy.model.expert.register_forward_pre_hook(lambda _module, args: tokens.append(args[0].shape[1]))
     given = tiny_observation()
     policy.sample_actions(given, noise_for(policy, given))
-    assert tokens == [1, *[policy.horizon] * 4]
+    assert tokens == [1 + policy.horizon, *[policy.horizon] * 3]
 
 
 def test_time_is_not_computed_in_a_call():
@@ -188,17 +188,18 @@ def test_too_many_positions_are_refused():
         policy.sample_actions(long, noise_for(policy, long))
 
 
-def test_room_holds_prefix_and_suffix():
-    policy = tiny_policy()
-    k_BSKH, v_BSKH = torch.randn(2, 5, 1, 32), torch.randn(2, 5, 1, 32)
-    context = Context([LayerCache(k_BSKH, v_BSKH)], torch.ones(2, 5, dtype=torch.bool), True, torch.zeros(2, 32))
-    for state, rows in ((context.state_BA, 5 + 1 + 10), (None, 5 + 10)):
-        (cache,) = steps.make_room(policy.model, context._replace(state_BA=state), 10).cache
-        assert cache.room is not None
-        assert [tuple(buffer.shape) for buffer in cache.room] == [(2, rows, 1, 32)] * 2
-        assert torch.equal(cache.k_BSKH, k_BSKH)
-        assert torch.equal(cache.v_BSKH, v_BSKH)
-        assert cache.k_BSKH.data_ptr() == cache.room[0].data_ptr()
+@pytest.mark.parametrize("pi05", [False, True])
+def test_room_holds_prefix_and_suffix(pi05: bool):
+    policy, seen = applied(only("cache_room"), pi05), []
+    policy.model.expert.register_forward_pre_hook(lambda _module, args: seen.append(args[3]))
+    given = tiny_observation([(1, 1, 1)] * 2, [5, 8])
+    policy.sample_actions(given, noise_for(policy, given))
+    prefix = 3 * 16 + 8
+    for cache in seen[0]:
+        assert tuple(cache.room.shape) == (2, prefix + policy.horizon + (not pi05), 2, 1, 32)
+        assert tuple(cache.k_BSKH.shape) == tuple(cache.v_BSKH.shape) == (2, prefix, 1, 32)
+    # All steps write to the same buffers.
+    assert {cache.room.data_ptr() for caches in seen for cache in caches} == {c.room.data_ptr() for c in seen[0]}
 
 
 # ---- mistakes that the checks above must see
@@ -217,16 +218,27 @@ def test_table_read_one_step_late_is_found(pi05: bool):
 
 def test_state_that_is_forgotten_is_found():
     policy = applied(only("hoist_state"), False)
-    policy.model.preparations = (lambda model, context, horizon: context._replace(state_BA=None),)
+    settle = policy.model.after_first
+
+    def forgetful(model: object, context: Context) -> Context:
+        settled = settle(model, context)
+        settled.valid_BS[:, -1] = False
+        return settled._replace(full=False)
+
+    policy.model.after_first = forgetful
     assert distance(policy, tiny_policy()) > 10 * FLOAT32
 
 
-def test_rotation_at_the_wrong_place_is_found():
+def test_rotation_of_the_state_s_place_is_found():
     policy = applied(Fusion(rewrites=Rewrites(rope_tables=True, hoist_state=True)), False)
-    *others, rotation = policy.model.preparations
-    policy.model.preparations = (rotation, *others)
-    with pytest.raises(RuntimeError, match="must match the size"):  # one position too many: the state's
-        distance(policy, tiny_policy())
+    settle = policy.model.after_first
+
+    def late(model: object, context: Context) -> Context:
+        rotation = context.rotation[0][:, :-1], context.rotation[1][:, :-1]
+        return settle(model, context)._replace(rotation=rotation)
+
+    policy.model.after_first = late
+    assert distance(policy, tiny_policy()) > 10 * FLOAT32
 
 
 def test_swapped_keys_and_values_are_found():

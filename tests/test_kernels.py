@@ -313,14 +313,18 @@ def test_on_gpu(name, case):
 @needs_gpu
 @pytest.mark.parametrize(("name", "case"), SMALL)
 def test_compiled_op_is_the_op(name, case):
-    """Inductor may neither change the results nor lose what the op writes to."""
+    """Inductor may neither change the results nor lose what the op writes to.
+
+    It compiles the kernel anew and may contract products and sums otherwise, which only float32 results show.
+    """
     device, kernel = torch.device("cuda", 0), KERNELS[name]
     torch.compiler.reset()
     compiled = torch.compile(lambda *arguments: kernel.op(*arguments), fullgraph=True, dynamic=False)
     found, plain = (results(call, case_of(name, case), arguments_of(case_of(name, case), device))
                     for call in (compiled, kernel.op))  # fmt: skip
+    assert [c for c in check(kernel, case_of(name, case), device, compiled) if c.wrong] == []
     for a, b in zip(found, plain, strict=True):
-        assert torch.equal(a, b)
+        assert a.dtype == torch.float32 or torch.equal(a, b)
 
 
 if __name__ == "__main__":

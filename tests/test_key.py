@@ -1,8 +1,14 @@
+import hashlib
 from pathlib import Path
+
+import pytest
+from helpers import plain_config
 
 import pi0exp
 from pi0exp import key
+from pi0exp.errors import UserError
 from pi0exp.key import digest_sources, point_key
+from pi0exp.point import experiment_of
 
 EXPERIMENT = {"attention": {"_target_": "sdpa"}, "workload": {"batch_size": 1}}
 MACHINE = {"gpu": "NVIDIA H200", "torch": "2.13.0"}
@@ -24,6 +30,31 @@ def test_key_changes_with_experiment_machine_and_source(monkeypatch):
     monkeypatch.setattr(key, "source_digest", lambda: "other code")
     keys.add(point_key(EXPERIMENT, MACHINE))
     assert len(keys) == 5
+
+
+def test_content_of_a_file_that_an_option_names_is_in_the_key(tmp_path):
+    table, sidecar = tmp_path / "table.csv", tmp_path / "table.json"
+
+    def asked(*words: str) -> dict:
+        return experiment_of(plain_config(f"gemm.table={table}", *words))
+
+    with pytest.raises(UserError, match=f"{table}: No such file"):
+        asked("gemm=aiter")
+    assert "files" not in experiment_of(plain_config("gemm=aiter")), "the shipped table is among the sources"
+    table.write_text("Validator,A,1\nGemm,tn,Default,0.01\n")
+    digest = hashlib.sha256(table.read_bytes()).hexdigest()
+    for option in ("aiter", "tunable"):
+        assert asked(f"gemm={option}")["files"] == {str(table): digest}
+    stage = f"gemm.denoise={{name: aiter, table: '{table}'}}"
+    assert experiment_of(plain_config(stage))["files"] == {str(table): digest}
+
+    keys = {point_key(asked("gemm=aiter"), MACHINE)}
+    sidecar.write_text("{}")
+    assert set(asked("gemm=aiter")["files"]) == {str(table), str(sidecar)}
+    keys.add(point_key(asked("gemm=aiter"), MACHINE))
+    table.write_text("Validator,A,1\nGemm,tn,Default,0.02\n")
+    keys.add(point_key(asked("gemm=aiter"), MACHINE))
+    assert len(keys) == 3
 
 
 def checkout(folder: Path, linked: bool) -> Path:

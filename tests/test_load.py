@@ -23,6 +23,7 @@ def point(
         metrics={"latency_ms/p50": 20.5} if ok else {"error/rel_l2": float("nan")},
         samples={"latency_ms": [1 / (step + 3) for step in range(samples)]} if ok else {},
         applied={"attention": ["18 layers"]},
+        files={"tunableop.csv": "Validator,A,1\n"} if ok else {},
         fingerprint={"gpu": gpu, "driver": {"version": 5}} if gpu else {},
     )
     return record(key, study, {"attention": "sdpa"}, {"attention": {"_target_": "x"}}, result)
@@ -45,6 +46,7 @@ def test_small_files_are_plain_and_large_ones_compressed(tmp_path):
     assert small == tmp_path / "ladder" / "nvidia-h200" / f"{KEY}.json"
     assert json.loads(small.read_text()) == point()
     assert read_record(small) == point()
+    assert point()["files"], "a file of an option is carried along"
     large = write_record(point(samples=60_000), tmp_path)
     assert large == small.with_suffix(".json.gz")
     assert read_record(large) == point(samples=60_000)
@@ -123,6 +125,8 @@ BROKEN = {
     "samples": (broken(samples={"latency_ms": 1.0}), "samples is not"),
     "reasons": (broken(reasons="why"), "reasons is not"),
     "applied": (broken(applied={"attention": "18"}), "applied is not"),
+    "files": (broken(files={"table.csv": 3}), "files is not"),
+    "folder": (broken(files={"../../table.csv": "text"}), "files is not"),
     "log": (broken(log=None), "log is not"),
     "untimed": (broken(metrics={}), "must carry latency_ms/p50"),
     "timed": (broken(outcome="error", reasons=["x"], samples={}), "must not carry latency_ms/p50"),
@@ -159,8 +163,8 @@ def test_bytes_that_are_no_text_or_not_compressed(tmp_path):
 
 def test_what_a_result_need_not_have_is_filled_in(tmp_path):
     path = tmp_path / "old.json"
-    path.write_text(broken(log=..., facts=..., numerics=..., reasons=..., applied=...))
-    assert read_record(path) == point() | {"applied": {}}
+    path.write_text(broken(log=..., facts=..., numerics=..., reasons=..., applied=..., files=...))
+    assert read_record(path) == point() | {"applied": {}, "files": {}}
 
 
 def test_command_says_what_is_wrong_in_one_line(tmp_path):

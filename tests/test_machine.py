@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import pi0exp
-from pi0exp import machine
+from pi0exp import aiter, machine
 from pi0exp.machine import Machine
 
 UUIDS = ("GPU-4fa23c4e-2e34-1c39-a8a9-5f0f5e3b1a11", "GPU-9a5d1c02-77d1-6c1b-9a1e-0c2f6f2d7b22")
@@ -104,6 +104,15 @@ def test_nvidia(monkeypatch: pytest.MonkeyPatch):
     assert made.versions["torch"] == "2.11.0+cu130"
     assert set(made.versions) == {"python", "torch", "triton", "pi0exp"}
     assert made.cores == (os.cpu_count() or 0)
+
+
+def test_version_of_aiter_is_part_of_the_identity(monkeypatch: pytest.MonkeyPatch):
+    """Only where it is installed: what ran there may have been its kernels."""
+    versions = {"torch": "2.11.0+rocm7.1", "amd-aiter": "0.1.5"}
+    monkeypatch.setattr(machine, "_version", lambda name: versions.get(name, ""))
+    monkeypatch.setitem(sys.modules, "amdsmi", fake_amdsmi())
+    assert machine.this_machine.__wrapped__().identity()["versions"]["amd-aiter"] == "0.1.5"
+    assert aiter.DISTRIBUTION in machine.PACKAGES
 
 
 @pytest.mark.parametrize("torch", ["2.11.0", "2.12.0.dev20260401", "2.11.0a0+gitabcdef0"])

@@ -133,7 +133,7 @@ def test_point_names_the_code_of_others_only_where_there_is_any():
 
     plain = {"names": {"attention": "eager"}, "attention": {"_target_": "pi0exp.attention.eager.Eager"}}
     assert "plugins" not in experiment_of(plain)
-    plain["attention"]["_target_"] = "toy_subjects.Toy"
+    plain["subject"] = {"_target_": "toy_subjects.Toy"}
     assert list(experiment_of(plain)["plugins"]) == ["toy_subjects"]
 
 

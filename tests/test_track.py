@@ -95,6 +95,24 @@ def test_samples_are_a_metric_with_steps(store, client, study):
     assert [sample.value for sample in sorted(history, key=lambda sample: sample.step)] == one["samples"]["latency_ms"]
 
 
+def test_files_of_options_are_artifacts(store, root, client, study):
+    text = "Validator,PT_VERSION,2.11.0\nGemm,tn,Default,0.01\n"
+    run_id = measured(store, point(study, files={"tunableop.csv": text}))
+    assert [file.path for file in client.list_artifacts(run_id, "files")] == ["files/tunableop.csv"]
+    assert (root / study / run_id / "artifacts" / "files" / "tunableop.csv").read_text() == text
+    assert store.runs(study)[0].record["files"] == {"tunableop.csv": text}
+
+
+def test_record_of_an_earlier_version_has_no_files(store, client, study):
+    """In the store it is the same one as in its result file, where they are filled in."""
+    one = point(study)
+    run_id = measured(store, {name: value for name, value in one.items() if name != "files"})
+    assert one["files"] == {}
+    assert store.import_record(one) == (run_id, False)
+    with pytest.raises(UserError, match="has another result"):
+        store.import_record(one | {"files": {"a.csv": ""}})
+
+
 def test_values_that_are_no_numbers_are_named_and_not_charted(store, client, study):
     one = point(study, "wrong_numerics", metrics={"error/rel_l2": float("nan"), "error/max": float("inf")})
     run_id = measured(store, one)

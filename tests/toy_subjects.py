@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pi0exp.errors import UserError
+from pi0exp.errors import UnsupportedError, UserError
 from pi0exp.option import Numerics
 from pi0exp.subject import Verdict
 
@@ -21,8 +21,11 @@ class ToyInstance:
     facts: dict[str, str] = field(default_factory=lambda: {"toy": "yes"})
     startup_s: dict[str, float] = field(default_factory=lambda: {"build": 0.5})
     samples_per_call: int = 2
+    late: bool = False
 
     def call(self, index: int) -> None:
+        if self.late:
+            raise UnsupportedError("the toy takes no\n  second call")
         time.sleep(0.001)
 
     def call_host(self, index: int) -> None:
@@ -73,10 +76,16 @@ class Toy:
         progress(f"fault {self.fault}")
         print(f"about to {self.fault}", flush=True)
         wrong = getattr(self, f"_{self.fault}")() or []
-        return ToyInstance(Verdict(wrong, {"error/rel_l2": 0.25 if wrong else 0.01}))
+        return ToyInstance(Verdict(wrong, {"error/rel_l2": 0.25 if wrong else 0.01}), late=self.fault == "late")
 
     def _none(self) -> None:
         pass
+
+    def _late(self) -> None:
+        """Can be built, but not called."""
+
+    def _lacking(self) -> None:
+        raise UnsupportedError("the toy has no wheels")
 
     def _wrong(self) -> list[str]:
         return ["the toy is not what it was"]

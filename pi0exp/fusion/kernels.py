@@ -8,8 +8,8 @@ Shapes: B batch, T tokens, S prefix tokens, D width, K key/value heads, H head d
 from torch import Tensor
 
 from pi0exp.fusion.projections import split
-from pi0exp.fusion.steps import give_room, make_room
-from pi0exp.model.gemma import GemmaAttention, LayerCache, Rotation
+from pi0exp.fusion.steps import give_room
+from pi0exp.model.gemma import GemmaAttention, LayerCache, Rotation, first_rows
 from pi0exp.model.layers import AdaRMSNorm, GatedMlp, LayerNorm, RMSNorm
 from pi0exp.policy import Policy
 
@@ -91,22 +91,19 @@ def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
 def fill_rope(policy: Policy) -> None:
     """Split, rotation and cache write in one kernel; the steps write behind the prefix instead of copying it."""
     policy.fill(GemmaAttention, "project", rope_project, ("prefill", "denoise"), "Triton rope_qkv")
-    if make_room not in policy.model.preparations:  # fusion.rewrites.cache_room made it
-        give_room(policy)
+    give_room(policy)
 
 
 def rope_project(
     attention: GemmaAttention, x_BTD: Tensor, rotation: Rotation, prefix: LayerCache | None
 ) -> tuple[Tensor, LayerCache]:
-    """The slot `GemmaAttention.project`. With a prefix, its `room` is written to in place."""
-    from pi0exp.kernels.rope_qkv import rope_qkv, rope_qkv_cached
+    """The slot `GemmaAttention.project`: keys and values go behind the prefix's, in place."""
+    from pi0exp.kernels.rope_qkv import rope_qkv_cached
 
-    q_BTNH, k_BTKH, v_BTKH = split(attention, x_BTD)
-    if prefix is None:
-        q_BTNH, k_BTKH, v_BTKH = rope_qkv(q_BTNH, k_BTKH, v_BTKH, *rotation)
-        return q_BTNH, LayerCache(k_BTKH, v_BTKH)
+    assert prefix is not None
     assert prefix.room is not None
-    room_k_BRKH, room_v_BRKH = prefix.room
+    q_BTNH, k_BTKH, v_BTKH = split(attention, x_BTD)
+    room_k_BRKH, room_v_BRKH = prefix.room.unbind(2)
     S, T = prefix.k_BSKH.shape[1], x_BTD.shape[1]
     q_BTNH = rope_qkv_cached(q_BTNH, k_BTKH, v_BTKH, *rotation, room_k_BRKH, room_v_BRKH, S)
-    return q_BTNH, LayerCache(room_k_BRKH[:, : S + T], room_v_BRKH[:, : S + T], prefix.room)
+    return q_BTNH, first_rows(prefix.room, S + T)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from pi0exp.model.gemma import GemmaBlock, LayerCache, Rotation
+from pi0exp.model.gemma import GemmaBlock, LayerCache, Rotation, extend
 from pi0exp.model.layers import Branch, Linear, rotate
 from pi0exp.model.mask import Mask
 
@@ -41,7 +41,7 @@ class KeysOnly(nn.Module):
         """As `GemmaBlock.forward`; the residual stream is what came in, and nobody reads it."""
         x_BTD, normed_BTD, _ = self.norm1(x_BTD, branch, cond)
         k_BTKH, v_BTKH = (half.unflatten(-1, (-1, self.head_dim)) for half in self.project(self, normed_BTD))
-        return x_BTD, None, LayerCache(rotate(k_BTKH, *rotation), v_BTKH)
+        return x_BTD, None, extend(prefix, rotate(k_BTKH, *rotation), v_BTKH)
 
 
 class NoNorm(nn.Module):

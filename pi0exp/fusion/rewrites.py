@@ -24,10 +24,11 @@ class Rewrites:
     tower for all cameras. last_layer_kv: the last prefill layer makes only keys and values. no_prefix_norm: the final
     norm of the prefix, which nobody reads, is left out. hoist_time: time embeddings and what depends on them alone are
     computed once, when the stack is applied. hoist_modulations: so are Pi0.5's scales, shifts and gates.
-    fold_action_in: Pi0's two matrices on the noisy actions become one. hoist_state: Pi0's state token is computed once
-    a call, not in every step. cache_room: the steps write their keys and values behind the prefix's instead of copying
-    both together. rope_tables: cosines and sines are looked up, and those of the suffix once a call. fold_norms: the
-    weights of norms are multiplied into the matrices behind them. fold_q_scale: so is the scale of the scores.
+    fold_action_in: Pi0's two matrices on the noisy actions become one. hoist_state: Pi0's state token is computed in
+    the first step only and kept in the cache, which implies cache_room. cache_room: the steps write their keys and
+    values behind the prefix's instead of copying both together. rope_tables: cosines and sines are looked up, and those
+    of the suffix once a call. fold_norms: the weights of norms are multiplied into the matrices behind them.
+    fold_q_scale: so is the scale of the scores.
     """
 
     trim_prompt: bool = False

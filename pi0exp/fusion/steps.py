@@ -1,7 +1,7 @@
 """What the denoising steps compute again and again although it does not change between them.
 
 Shapes: B batch, S prefix tokens, T suffix tokens, C action horizon, A action dim, D width, L layers of the expert,
-I steps, K key/value heads, H head dim, R rows of a buffer, P positions.
+I steps, H head dim, P positions.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pi0exp.errors import UserError
-from pi0exp.model.gemma import GemmaBlock, LayerCache
+from pi0exp.model.gemma import GemmaBlock, LayerCache, first_rows
 from pi0exp.model.layers import AdaRMSNorm, Linear, Rope
 from pi0exp.model.observation import Observation
-from pi0exp.model.pi0 import Context, Pi0, suffix_positions, timesteps
+from pi0exp.model.pi0 import Context, Pi0, no_cache, suffix_positions, timesteps
 from pi0exp.policy import Policy
 
 POSITIONS = 4096
@@ -142,49 +142,47 @@ def linear(weight: Tensor, bias: Tensor | None) -> Linear:
     return made
 
 
-# ---- state
-
-
-def hoist_state(policy: Policy) -> None:
-    """Pi0's state token sees neither the actions nor the time, so its keys and values are the same in every step."""
-    if policy.model.config.pi05:
-        policy.note("hoist_state: nothing to do, Pi0.5 has no state token")
-        return
-    preparations = (*policy.model.preparations, state_into_cache)
-    policy.fill_model("preparations", preparations, "the state token is computed once and cached behind the prefix")
-
-
-def state_into_cache(model: Pi0, context: Context, horizon: int) -> Context:
-    """Run the state token [B, 1, D] through the expert; its keys and values stand behind the prefix's then."""
-    assert context.state_BA is not None
-    valid_BS = context.valid_BS
-    state_B1D = model.embed_state(context.state_BA).to(model.precision.activations)
-    rotation = model.rope(suffix_positions(valid_BS, 1), model.precision.activations)
-    mask = model.mask_suffix(valid_BS, 1, context.full, False)
-    _, cache = model.expert(state_B1D, rotation, mask, context.cache, None)
-    valid_BS = torch.cat([valid_BS, valid_BS.new_ones(valid_BS.shape[0], 1)], dim=1)
-    return context._replace(cache=cache, valid_BS=valid_BS, state_BA=None)
-
-
-# ---- cache
+# ---- cache and state
 
 
 def give_room(policy: Policy) -> None:
-    """Let the steps write their keys and values behind the prefix's in place. Before whatever else prepares them."""
-    policy.fill_model("preparations", (make_room, *policy.model.preparations), "room for the suffix behind the prefix")
+    """Let prefill and steps write their keys and values into one buffer a layer, of the size of prefix and suffix."""
+    if policy.model.empty_cache is not no_cache:
+        return  # another rewrite or kernel needed it before
+    suffix = policy.horizon + (not policy.model.config.pi05)
+
+    def empty_cache(model: Pi0, prefix_BSD: Tensor) -> list[LayerCache]:
+        B, S, _ = prefix_BSD.shape
+        config = model.config
+        shape = B, S + suffix, 2, config.num_kv_heads, config.head_dim
+        return [first_rows(prefix_BSD.new_empty(shape), 0) for _ in range(config.paligemma.depth)]
+
+    policy.fill_model("empty_cache", empty_cache, "a buffer a layer with room for the suffix behind the prefix")
 
 
-def make_room(model: Pi0, context: Context, horizon: int) -> Context:
-    """The cache at the start of buffers that hold the suffix too: the state's token, if it has one, and the actions."""
-    extra = horizon + (context.state_BA is not None)
+def hoist_state(policy: Policy) -> None:
+    """Pi0's state token sees neither the actions nor the time, so its keys and values are the same in every step.
+
+    The first step computes them with its own tokens and leaves them in the cache; the others have the actions alone.
+    """
+    if policy.model.config.pi05:
+        policy.note("hoist_state: nothing to do, Pi0.5 has no state token")
+        return
+    give_room(policy)
+    policy.fill_model("after_first", state_in_cache, "the state token is computed in the first step only")
+
+
+def state_in_cache(model: Pi0, context: Context) -> Context:
+    """The slot `Pi0.after_first`: the row behind the prefix, which the first step wrote, belongs to the cache."""
     caches = []
-    for k_BSKH, v_BSKH, _ in context.cache:
-        B, S, K, H = k_BSKH.shape
-        room = k_BSKH.new_empty(B, S + extra, K, H), v_BSKH.new_empty(B, S + extra, K, H)
-        for buffer_BRKH, held_BSKH in zip(room, (k_BSKH, v_BSKH), strict=True):
-            buffer_BRKH[:, :S] = held_BSKH
-        caches.append(LayerCache(room[0][:, :S], room[1][:, :S], room))
-    return context._replace(cache=caches)
+    for k_BSKH, _, room in context.cache:
+        assert room is not None
+        caches.append(first_rows(room, k_BSKH.shape[1] + 1))
+    valid_BS, rotation = context.valid_BS, context.rotation
+    valid_BS = torch.cat([valid_BS, valid_BS.new_ones(valid_BS.shape[0], 1)], dim=1)
+    if rotation is not None:
+        rotation = rotation[0][:, 1:], rotation[1][:, 1:]
+    return Context(caches, valid_BS, context.full, None, rotation)
 
 
 # ---- rotation
@@ -211,7 +209,7 @@ class RopeTable(Rope):
 
 
 def tabulate_rope(policy: Policy) -> None:
-    """Look cosines and sines up; those of the suffix once a call. After whatever else prepares the steps."""
+    """Look cosines and sines up; those of the suffix once a call."""
     model = policy.model
     patches, horizon = model.config.vision.num_patches, policy.horizon
     model.rope = RopeTable(model.rope, model.precision.activations)

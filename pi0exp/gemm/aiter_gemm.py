@@ -61,6 +61,13 @@ class AiterGemm(StagedOption):
     def path(self) -> Path:
         return SHIPPED if self.table is None else Path(self.table).resolve()
 
+    def files(self) -> list[str]:
+        """The table, and beside it the file that tells which build its rows are for; the shipped ones are code."""
+        if self.table is None:
+            return []
+        sidecar = Path(self.table).with_suffix(".json")
+        return [self.table, *([str(sidecar)] if sidecar.is_file() else [])]
+
     def unmet(self, machine: Machine) -> list[str]:
         return super().unmet(machine) + aiter.unmet_package()
 

@@ -48,8 +48,8 @@ def validators() -> dict[str, str]:
 class Tunable(BlasOption):
     """Tuned in the first call of each structure, outside of any capture; products of a table are not tuned again.
 
-    table: a table that an earlier run kept; its Validator lines must be this machine's. The key of a point has the
-    table's name, not its content. What the table lacks is tuned here, and counted: tunable/tuned_here.
+    table: a table that an earlier run kept; its Validator lines must be this machine's. What the table lacks is
+    tuned here, and counted: tunable/tuned_here.
     max_duration_ms, max_iterations: the most that one candidate is tried, whichever ends first (PyTorch: 30 and 100).
     rotating_buffer_mb: copies of the operands that are used in turn, so that they do not come from the cache; null is
     as much as the L2 cache holds, 0 is none.
@@ -74,6 +74,9 @@ class Tunable(BlasOption):
             raise ValueError(f"rotating_buffer_mb is {self.rotating_buffer_mb}; it must not be negative")
         if self.table is not None:
             read_table(self.table)
+
+    def files(self) -> list[str]:
+        return [] if self.table is None else [self.table]
 
     def holds(self) -> str:
         return "tunable"

@@ -6,7 +6,7 @@ Shapes: B batch, T query tokens, S cached tokens, N query heads, K key/value hea
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from torch import Tensor, cat, nn
+from torch import Tensor, cat, nn, stack
 
 from pi0exp.model.config import GemmaConfig, ModelConfig
 from pi0exp.model.layers import (
@@ -29,13 +29,18 @@ Rotation = tuple[Tensor, Tensor]
 class LayerCache(NamedTuple):
     """Keys (after RoPE) and values of one layer, each [B, S, K, H].
 
-    room: the larger buffers [B, R, K, H] of which they are the first S rows, where tokens to come are written behind
-    them in place; None where keys and values are put together anew.
+    room: [B, R, 2, K, H], the larger buffer of which they are the first S rows, keys then values; tokens to come are
+    written behind them in place. None where keys and values are put together anew.
     """
 
     k_BSKH: Tensor
     v_BSKH: Tensor
-    room: tuple[Tensor, Tensor] | None = None
+    room: Tensor | None = None
+
+
+def first_rows(room_BR2KH: Tensor, rows: int) -> LayerCache:
+    """The cache of the first `rows` tokens of a room."""
+    return LayerCache(room_BR2KH[:, :rows, 0], room_BR2KH[:, :rows, 1], room_BR2KH)
 
 
 def plain_project(
@@ -53,9 +58,8 @@ def extend(prefix: LayerCache | None, k_BTKH: Tensor, v_BTKH: Tensor) -> LayerCa
         return LayerCache(k_BTKH, v_BTKH)
     if prefix.room is not None:
         start, stop = prefix.k_BSKH.shape[1], prefix.k_BSKH.shape[1] + k_BTKH.shape[1]
-        for buffer_BRKH, new_BTKH in zip(prefix.room, (k_BTKH, v_BTKH), strict=True):
-            buffer_BRKH[:, start:stop] = new_BTKH
-        return LayerCache(prefix.room[0][:, :stop], prefix.room[1][:, :stop], prefix.room)
+        prefix.room[:, start:stop] = stack([k_BTKH, v_BTKH], dim=2)
+        return first_rows(prefix.room, stop)
     return LayerCache(cat([prefix.k_BSKH, k_BTKH], dim=1), cat([prefix.v_BSKH, v_BTKH], dim=1))
 
 

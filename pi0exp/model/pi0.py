@@ -71,6 +71,15 @@ def each_image(model: "Pi0", images: list[Tensor]) -> list[Tensor]:
     return [model.vision(image_BCHW) for image_BCHW in images]
 
 
+def no_cache(model: "Pi0", prefix_BSD: Tensor) -> None:
+    """The prefill makes its keys and values by itself."""
+
+
+def same_context(model: "Pi0", context: Context) -> Context:
+    """All steps are alike."""
+    return context
+
+
 def plain_moment(model: "Pi0", index: int, time: float, batch_size: int) -> Tensor:
     """What step `index` needs to know of its time: the time, float32 [B]."""
     return torch.full((batch_size,), time, dtype=torch.float32, device=model.rope.inv_freq.device)
@@ -90,16 +99,20 @@ class Pi0(nn.Module):
     """Pi0 or Pi0.5, by `config.pi05`.
 
     Slots of the model itself: `embed_images` (model, pictures) -> tokens of each; `mask_prefix` and `mask_suffix`, as
-    in `mask`; `moment` (model, step, time, batch size) -> what the step is told of it; `embed_actions` (model, noisy
-    actions, moment) -> tokens, condition; `preparations`, each (model, context, horizon) -> context, done by `begin`.
+    in `mask`; `empty_cache` (model, prefix) -> what the prefill writes to, or None; `moment` (model, step, time, batch
+    size) -> what the step is told of it; `embed_actions` (model, noisy actions, moment) -> tokens, condition;
+    `preparations`, each (model, context, horizon) -> context, done by `begin`; `after_first` (model, context) ->
+    context of the second and later steps.
     """
 
     embed_images: Callable[["Pi0", list[Tensor]], list[Tensor]] = staticmethod(each_image)
     mask_prefix: Callable[[Tensor, bool], Mask] = staticmethod(prefix_mask)
     mask_suffix: Callable[[Tensor, int, bool, bool], Mask] = staticmethod(suffix_mask)
+    empty_cache: Callable[["Pi0", Tensor], list[LayerCache] | None] = staticmethod(no_cache)
     moment: Callable[["Pi0", int, float, int], Tensor] = staticmethod(plain_moment)
     embed_actions: Callable[["Pi0", Tensor, Tensor], tuple[Tensor, Tensor | None]] = staticmethod(plain_embed_actions)
     preparations: tuple[Callable[["Pi0", Context, int], Context], ...] = ()
+    after_first: Callable[["Pi0", Context], Context] = staticmethod(same_context)
     # Where fusion.rewrites split or tabulate what a step is told of its time.
     action_half: Linear
     time_half: Linear
@@ -139,6 +152,8 @@ class Pi0(nn.Module):
         for step, time in enumerate(timesteps(num_steps)):
             moment = self.moment(self, step, time, observation.batch_size)
             x_BCA = x_BCA + dt * self.denoise_step(x_BCA, moment, context)
+            if step == 0:
+                context = self.after_first(self, context)
         return x_BCA
 
     # ---- vision
@@ -159,7 +174,8 @@ class Pi0(nn.Module):
     def prefill(self, prefix_BSD: Tensor, valid_BS: Tensor, full: bool) -> list[LayerCache]:
         """Keys and values of every paligemma layer. `full`: the host knows that every prefix token is real."""
         rotation = self.rope(prefix_positions(valid_BS), prefix_BSD.dtype)
-        cache: list[LayerCache] = self.paligemma(prefix_BSD, rotation, self.mask_prefix(valid_BS, full), None, None)[1]
+        past, mask = self.empty_cache(self, prefix_BSD), self.mask_prefix(valid_BS, full)
+        cache: list[LayerCache] = self.paligemma(prefix_BSD, rotation, mask, past, None)[1]
         return cache
 
     # ---- denoise
