@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import noise_for, plain_config, subject_of, tiny_observation, tiny_policy
+from helpers import PretendedGraph, noise_for, plain_config, subject_of, tiny_observation, tiny_policy
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from pi0exp import build, config
 from pi0exp.graphs import capture
@@ -24,28 +23,9 @@ from pi0exp.policy import Policy
 from pi0exp.policy_subject import run as actions_of
 
 
-class Pretended:
-    """Runs again at each replay and writes what comes out over what came out first, as a graph does."""
-
-    nodes, kernels, replay_us = 5, 4, 2.5
-
-    def __init__(self, run: Callable[[], Any], warmup: int, note: Callable[[str], None]) -> None:
-        self.run = run
-        for _ in range(warmup):
-            run()
-        self.output = run()
-        # Memory of its own, even where the function returns what it was given.
-        self.tensors = [leaf for leaf in tree_leaves(self.output) if isinstance(leaf, Tensor)]
-
-    def replay(self) -> None:
-        made = [leaf for leaf in tree_leaves(self.run()) if isinstance(leaf, Tensor)]
-        for static, new in zip(self.tensors, made, strict=True):
-            static.copy_(new)
-
-
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "Graph", Pretended)
+    monkeypatch.setattr(capture, "Graph", PretendedGraph)
 
 
 def captured(option: Option, pi05: bool = False) -> Policy:
@@ -116,8 +96,8 @@ def test_split_captures_each_function_once_and_replays_the_step():
 
 @pytest.mark.usefixtures("pretended")
 def test_nodes_that_cannot_be_counted_are_left_out(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Pretended, "nodes", None)
-    monkeypatch.setattr(Pretended, "kernels", None)
+    monkeypatch.setattr(PretendedGraph, "nodes", None)
+    monkeypatch.setattr(PretendedGraph, "kernels", None)
     policy = captured(Manual())
     policy.sample_actions(GIVEN[0])
     assert not {"graphs/nodes", "graphs/kernels"} & set(policy.counters())

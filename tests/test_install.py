@@ -39,6 +39,8 @@ def test_everything_comes_along(installed, tmp_path):
                 continue
             names = {path.relative_to(here) for path in here.rglob(f"*.{suffix}")}
             assert {path.relative_to(there) for path in there.rglob(f"*.{suffix}")} >= names
+    tables = {path.name for path in (REPOSITORY / "pi0exp" / "gemm" / "tables").iterdir()}
+    assert {path.name for path in (package / "gemm" / "tables").iterdir()} == tables
     assert (package / "py.typed").is_file()
     code = "import pi0exp, pi0exp.kernels as kernels; print(pi0exp.__file__, kernels.__file__, sep='\\n')"
     done = elsewhere(installed, tmp_path, "-c", code)

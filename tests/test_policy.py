@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, built, noise_for, subject_of, tiny_observation, tiny_policy
+from helpers import CPU, PretendedGraph, built, noise_for, subject_of, tiny_observation, tiny_policy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_flatten
 from pi0exp.attention.sdpa import Sdpa
 from pi0exp.compile_mode.default import Default
 from pi0exp.errors import UnsupportedError, UserError
-from pi0exp.graphs import manual
+from pi0exp.graphs import capture
+from pi0exp.graphs.capture import Tally
 from pi0exp.graphs.manual import CapturedCall, Manual
 from pi0exp.image_masking.skip import Skip
 from pi0exp.library import load_policy
@@ -60,21 +61,9 @@ def observations() -> list[Observation]:
 # ---- graphs
 
 
-class RecordedGraph:
-    """Stands in for a captured graph: what the host decided at capture stays, only the tensors are new."""
-
-    def __init__(self, call: DeviceCall, observation: Observation, noise_BCA: Tensor, warmup: int):
-        self.call, self.captured, self.noise_shape, self.warmup = call, observation, noise_BCA.shape, warmup
-
-    def replay(self, observation: Observation, noise_BCA: Tensor) -> Tensor:
-        assert observation.structure == self.captured.structure
-        assert noise_BCA.shape == self.noise_shape
-        return self.call(self.captured.with_tensors(observation.tensors()), noise_BCA)
-
-
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manual, "_Graph", RecordedGraph)
+    monkeypatch.setattr(capture, "Graph", PretendedGraph)
 
 
 @pytest.mark.usefixtures("graphs")
@@ -112,11 +101,12 @@ def test_least_recently_used_graph_is_dropped():
 
 @pytest.mark.usefixtures("graphs")
 def test_graph_is_keyed_by_the_horizon_too():
-    call = CapturedCall(tiny_policy().plain_call, warmup=1, max_graphs=8)
+    tally = Tally()
+    call = CapturedCall(tiny_policy().plain_call, warmup=1, max_graphs=8, tally=tally, note=lambda text: None)
     observation = tiny_observation()
     for horizon in (10, 12, 10):
         assert call(observation, torch.zeros(1, horizon, 32)).shape == (1, horizon, 32)
-    assert call.counters()["graphs/captures"] == 2
+    assert tally.counters()["graphs/captures"] == 2
 
 
 # ---- compilation

@@ -39,7 +39,7 @@ def test_every_mark_of_a_table_is_one(file):
     blocks = [match["start"].strip() for match in table.BLOCK.finditer(text)]
     assert marks == blocks
     assert text.count("<!-- end -->") == len(blocks)
-    assert re.search(r"<!-- table first_light -->\n.+\| pi0 ", text, re.DOTALL), "the table is empty"
+    assert re.search(r"<!-- table stacks -->\n.+\| pi0 ", text, re.DOTALL), "the table is empty"
 
 
 def test_every_choice_is_named():

@@ -276,3 +276,14 @@ def test_tuned_on_a_gpu(graphs: str, tmp_path: Path):
         assert again.counters()["tunable/from_table"] == first["tunable/products"]
     finally:
         torch.cuda.tunable.enable(False)
+
+
+@pytest.mark.parametrize(
+    "words", [["fusion=kernels"], ["fusion.rewrites.cache_room=true"], ["fusion.rewrites.hoist_state=true"]], ids=str
+)
+def test_keys_and_values_in_one_buffer_are_refused(words):
+    """TunableOp's copies of batched operands forget how far apart the rows are."""
+    assert build.unmet(config.stack(plain_config("gemm=tunable", "fusion=projections")), GPU) == []
+    reasons = build.unmet(config.stack(plain_config("gemm=tunable", *words)), GPU)
+    assert len(reasons) == 1
+    assert reasons[0].startswith("gemm: TunableOp reads beyond its copies")

@@ -35,9 +35,10 @@ def times(study: str) -> str:
     parts = []
     for found in records(study).values():
         prints = [record["fingerprint"] for record in found]
-        samples = max(len(record["samples"].get("latency_ms", [])) for record in found)
+        counts = sorted({len(record["samples"].get("latency_ms", [])) for record in found} - {0})
+        calls = " or ".join(map(str, counts)) or "no"
         rows = [(_order(record), _time_row(record)) for record in found]
-        parts.append(f"{machine_line(prints)}; {samples} calls back to back.\n")
+        parts.append(f"{machine_line(prints)}; {calls} calls back to back.\n")
         parts.append(markdown(TIMES, TIME_NUMBERS, [row for _, row in sorted(rows)]))
     return "\n".join(parts) or NONE_YET
 
@@ -107,7 +108,9 @@ def _error(metrics: dict[str, float]) -> str:
     """Relative L2 error of the actions, and in brackets that of the plain policy in the same precision."""
     if "error/rel_l2" not in metrics:
         return "-"
-    own = next((f"{value:.1e}" for name, value in metrics.items() if name.startswith("error/rel_l2_plain_")), "-")
+    plain = [value for name, value in metrics.items() if name.startswith("error/rel_l2_plain_")]
+    # Where the plain model is itself the truth, its error is zero, which a geometric mean holds as 1e-300.
+    own = "-" if not plain else "0" if plain[0] <= 1e-300 else f"{plain[0]:.1e}"
     return f"{metrics['error/rel_l2']:.1e} ({own})"
 
 

@@ -6,7 +6,11 @@ CUDA, torch 2.11 to 2.13 has a single candidate, cuBLAS's own choice, called `De
 gained. `tunable/not_default` counts the lines that say something else.
 
 TunableOp is a switch of the process: it holds for all stages, for attention's products, and from then on for whatever
-else this process multiplies.
+else this process multiplies. Its copies of the operands of a batched product are as large as batch strides and dense
+shapes say; rows that are further apart than they are wide are forgotten (GemmStridedBatchedParams in
+aten/src/ATen/cuda/tunable/GemmCommon.h, torch 2.11 to 2.13), and candidates read beyond them. Keys and values that
+stand side by side in one buffer are such rows, and plain attention, with which every stack is verified before it has its
+own, multiplies them as batches: such a stack ended in an illegal memory access (H200, torch 2.11, 2026-11-24).
 """
 
 import os
@@ -20,7 +24,9 @@ import torch
 from torch import Tensor
 from torch.cuda import tunable
 
+from pi0exp.config import Stack
 from pi0exp.errors import UserError
+from pi0exp.fusion.fusion import Fusion
 from pi0exp.gemm.blas import BlasOption
 from pi0exp.model.observation import Observation, Structure
 from pi0exp.option import ANY_GPU, Numerics
@@ -74,6 +80,15 @@ class Tunable(BlasOption):
             raise ValueError(f"rotating_buffer_mb is {self.rotating_buffer_mb}; it must not be negative")
         if self.table is not None:
             read_table(self.table)
+
+    def clashes(self, stack: Stack) -> list[str]:
+        fusion, reasons = stack.fusion, super().clashes(stack)
+        if isinstance(fusion, Fusion) and (fusion.rope or fusion.rewrites.cache_room or fusion.rewrites.hoist_state):
+            reasons.append(
+                "TunableOp reads beyond its copies of keys and values that share a buffer, as those of fusion.rope,"
+                " cache_room and hoist_state do"
+            )
+        return reasons
 
     def files(self) -> list[str]:
         return [] if self.table is None else [self.table]
