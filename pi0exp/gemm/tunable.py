@@ -9,7 +9,7 @@ TunableOp is a switch of the process: it holds for all stages, for attention's p
 else this process multiplies. Its copies of the operands of a batched product are as large as batch strides and dense
 shapes say; rows that are further apart than they are wide are forgotten (GemmStridedBatchedParams in
 aten/src/ATen/cuda/tunable/GemmCommon.h, torch 2.11 to 2.13), and candidates read beyond them. Keys and values that
-stand side by side in one buffer are such rows, and plain attention, with which every stack is verified before it has its
+stand side by side in one buffer are such rows. Plain attention, with which every stack is verified before it has its
 own, multiplies them as batches: such a stack ended in an illegal memory access (H200, torch 2.11, 2026-11-24).
 """
 
