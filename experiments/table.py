@@ -8,6 +8,8 @@ options is ever typed by hand:
     card STUDY/KEY      the card of one point
     kernels FILE        experiments/times/FILE.json, which `python -m pi0exp.kernels.bench --json` writes
     rewrites FILE       the same, which `python experiments/rewrites.py` writes
+    attention FILE      the same, which `python experiments/sweeps/attention.py` writes; gemm and norms alike
+    chain FILE          the same, which `python experiments/skinny_chain.py` writes
     conf TABLE          what conf/ holds: options, stacks, inputs, switches
 
 `python experiments/table.py KIND NAME` prints one.
@@ -22,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pi0exp.experiments.tables import benches, conf, points
+from pi0exp.experiments.tables import benches, conf, points, sweeps
 
 CONF = {"options": conf.options, "stacks": conf.stacks, "inputs": conf.inputs, "switches": conf.switches}
 KINDS: dict[str, Callable[[str], str]] = {
@@ -31,6 +33,10 @@ KINDS: dict[str, Callable[[str], str]] = {
     "card": points.point_card,
     "kernels": benches.kernels,
     "rewrites": benches.rewrites,
+    "attention": sweeps.attention,
+    "gemm": sweeps.gemm,
+    "norms": sweeps.norms,
+    "chain": sweeps.chain,
     "conf": lambda name: CONF[name](),
 }
 BLOCK = re.compile(r"(?P<start><!-- (?P<kind>\w+) (?P<name>\S+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)

@@ -147,8 +147,8 @@ class PolicySubject:
         start = time.perf_counter()
         for group, option in build.apply_stack(policy, self.stack):
             startup_s["build"] += time.perf_counter() - start
-            changes = not isinstance(option, PrecisionOption)
-            if changes:
+            # A precision always says which one it is; if it says more, it has changed the model.
+            if not isinstance(option, PrecisionOption) or len(policy.applied[group]) > 1:
                 progress(f"verify: {group}")
                 startup_s["first_call"] += first_call(policy, checks[0])
                 after = run(policy, checks)

@@ -127,7 +127,8 @@ def interpret(points: list[list[str]]) -> None:
 @pytest.fixture(scope="module")
 def interpreted(request) -> dict[tuple[str, ...], Any]:
     """(kind, *point) -> what came of it, of the points whose tests were asked for."""
-    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    own = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    params = [item.callspec.params for item in own]
     points = [list(p["point"]) for p in params if "point" in p]
     repository = Path(__file__).resolve().parent.parent
     done = subprocess.run(

@@ -76,8 +76,8 @@ def interpret(names: list[str]) -> None:
 @pytest.fixture(scope="module")
 def interpreted(request) -> dict[tuple[str, str], dict[str, Any]]:
     """(kernel, case) -> record, of the kernels whose tests were asked for."""
-    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    names = sorted({p["name"] for p in params if p.get("name") in KERNELS})
+    own = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    names = sorted({item.callspec.params["name"] for item in own if "name" in item.callspec.params})
     repository = Path(__file__).resolve().parent.parent
     done = subprocess.run(
         [sys.executable, __file__, *names],

@@ -1,14 +1,15 @@
 """The tables of the READMEs: what they say of made-up measurements, and that they leave out no option of conf/."""
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import pytest
+import torch
 
 from pi0exp import compose, point
 from pi0exp.config import GROUPS
 from pi0exp.experiments import table
-from pi0exp.experiments.tables import benches, conf, points
+from pi0exp.experiments.tables import benches, conf, points, sweeps
 from pi0exp.fusion.fusion import Fusion
 from pi0exp.fusion.rewrites import Rewrites
 from pi0exp.load import write_record
@@ -178,6 +179,123 @@ def test_kernels_read_what_the_bench_writes():
     assert {"name", "state", "reason"} <= {one.name for one in fields(bench.Contestant)}
     assert {"bytes_per_s", "flops_per_s"} <= {one.name for one in fields(bench.Ceilings)}
     assert set(bench.contestants(next(iter(bench.discover().values())), True)) >= {*benches.OWN}
+
+
+# ---- sweeps
+
+
+@pytest.fixture
+def times(tmp_path, monkeypatch):
+    """Writes a made-up file of times."""
+    monkeypatch.setattr(benches, "TIMES", tmp_path)
+
+    def write(found):
+        about = {"command": [], "fingerprint": PRINTS | {"arch": "sm_90"}}
+        (tmp_path / "toy.json").write_text(json.dumps(about | found))
+
+    return write
+
+
+@pytest.mark.parametrize("kind", ["attention", "gemm", "norms", "chain"])
+def test_sweeps_that_are_not_there(kind, times):
+    assert table.made(kind, "toy") == points.NONE_YET
+
+
+def test_attention_has_the_launch_of_today_beside_the_best_backend(times, monkeypatch):
+    now, other = {"block_m": 64, "programs": 1}, {"block_m": 32, "programs": 1}
+    monkeypatch.setattr(sweeps, "_attention_launch", lambda arch, case: now)
+
+    def swept(case, final, *candidates):
+        first = [{"case": case, "split": False, **launch, "us": us} for launch, us in candidates]
+        libraries = [[9.0, "cudnn"], [6.0, "flash"]]
+        return [*first, {"case": case, "split": False, "final": final, "libraries": libraries}]
+
+    found = [
+        *swept("a", [[3.0, other], [4.0, now]], (other, 3.5), (now, 4.5)),
+        *swept("b", [[3.0, other]], (other, 3.5), (now, 8.0)),
+        *swept("c", [[3.0, other]], (other, 3.5)),
+        *swept("a", [[1.0, other]], (other, 1.5)),
+    ]
+    times({"found": found})
+    text = table.made("attention", "toy")
+    assert text.startswith("Toy GPU, driver 1.2, torch 2.11.0, 2026-01-02, commit abcdef; ours")
+    assert rows(text) == [
+        ["a", "flash", "4.00", "6.00", "1.50 x"],
+        ["b", "flash", "8.00 *", "6.00", "0.75 x"],
+        ["c", "-", "-", "-", "-"],
+    ]
+
+
+def test_gemm_has_the_launch_of_today_and_the_fastest_beside_cublas(times, monkeypatch):
+    candidates = pytest.importorskip(
+        "pi0exp.experiments.sweeps.gemm_candidates", reason="Triton is there on Linux only"
+    )
+    monkeypatch.setattr(sweeps, "_skinny_launch", lambda arch, M, product: {"BN": M})
+    monkeypatch.setattr(sweeps, "_large_launch", lambda arch, M, product: "now" if product.bias else "gone")
+    ranked = [[2.0, "held", {"BN": 1}], [4.0, "held", {"BN": 11}]]
+    found = {
+        f"single {M} {name}": {"cublas_us": 5.0, "ranked": ranked}
+        for M in candidates.ROWS
+        for name in candidates.SKINNY
+    }
+    us = {"cublas product": 3.0, "cublas all": 6.0, "now": 4.0, "other": 2.0}
+    times({"found": found | {f"gemm {name}": us for name in candidates.LARGE}})
+    made = rows(table.made("gemm", "toy"))
+    assert len(made) == 2 * 4 + 8
+    assert made[0] == ["11", "qkv, 2560 x 1024", "-", "4.00", "2.00", "5.00", "1.25 x", "-", "-"]
+    assert made[2][:3] == ["11", "gate_up, 8192 x 1024", "gated, gelu_tanh"]
+    assert made[4] == ["51", "qkv, 2560 x 1024", "-", "-", "2.00", "5.00", "-", "-", "-"]
+    bias = ["768", "vis out, 1152 x 1152", "bias, residual"]
+    assert made[9] == [*bias, "4.00", "2.00", "3.00", "0.75 x", "6.00", "1.50 x"]
+    assert made[15] == ["788", "pre down, 2048 x 16384", "residual", "-", "2.00", "3.00", "-", "6.00", "-"]
+
+
+def test_norms_have_the_share_of_the_copy_rate_of_the_same_gpu(times, results):
+    rank = [[2.0, "{'ROWS': 1, 'num_warps': 8}"], [1.5, "table"], [3.0, "{'ROWS': 4, 'num_warps': 8}"]]
+    times({"found": {"copy": 9.0, "rows": [{"kernel": "norm", "case": "small", "rank": rank, "bytes": 2_000_000}]}})
+    text = table.made("norms", "toy")
+    assert "no point of `stacks` measured the copy rate" in text
+    assert rows(text) == [["norm", "small", "ROWS 1, num_warps 8", "2.00", "1000", "-"]]
+    for key, rate in (("a", 4.0), ("b", 2.0), ("c", 5.0)):
+        keep(results, key, [], ERRORS | LATENCIES | {"ceilings/copy_tb_per_s": rate})
+    (results / "toy").rename(results / "stacks")
+    text = table.made("norms", "toy")
+    assert "copy 4.00 TB/s, the median of 3 points of `stacks`" in text
+    assert rows(text)[0][-1] == "25 %"
+    other = results / "stacks" / "toy-gpu" / f"{'b' * 16}.json"
+    other.write_text(other.read_text().replace("Toy GPU", "Other GPU"))
+    assert "copy 4.50 TB/s, the median of 2 points" in table.made("norms", "toy")
+
+
+def test_chain(times):
+    ms = {"cublas": 4.5, "ours": 3.0, "ours without dependent launch": 5.0}
+    one = {"samples_ms": {name: [value] * 15 for name, value in ms.items()}, "ms": ms, "same_of_20": 19, "speedup": 1.5}
+    times({"M=11": one})
+    text = table.made("chain", "toy")
+    assert "commit abcdef; 15 rounds." in text
+    assert rows(text) == [["11", "4.500", "3.000", "5.000", "1.50 x", "19 of 20"]]
+
+
+def test_launches_of_today_are_those_of_the_ops(monkeypatch):
+    launches = pytest.importorskip("pi0exp.kernels.attention_launch", reason="Triton is there on Linux only")
+    from pi0exp.experiments.sweeps.attention import CASES
+    from pi0exp.kernels.kernel import arguments_of
+
+    monkeypatch.setattr(launches, "architecture", lambda device: "sm_90")
+    for name, (_, case) in CASES.items():
+        expected = launches.launch_for(name.split(",")[0], arguments_of(case, torch.device("cpu"))[0])
+        assert sweeps._attention_launch("sm_90", name) == asdict(expected)
+
+
+@pytest.mark.parametrize("kind", ["attention", "gemm", "norms"])
+def test_committed_sweeps_have_the_launches_of_today(kind, monkeypatch):
+    """A launch table that is changed without a sweep would show here as a row without a time."""
+    pytest.importorskip("triton", reason="Triton is there on Linux only")
+    monkeypatch.setattr(points, "RESULTS", compose.PACKAGE / "experiments" / "results")
+    made = rows(table.made(kind, f"nvidia-h200/sweep_{kind}"))
+    ours = {"attention": 2, "gemm": 3, "norms": 5}[kind]
+    assert made
+    assert all(row[ours] != "-" for row in made)
 
 
 # ---- conf/

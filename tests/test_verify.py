@@ -37,7 +37,7 @@ def test_error_is_taken_in_float64():
 def test_geometric_mean():
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
     assert geometric_mean([5.0]) == pytest.approx(5.0)
-    assert 0 < geometric_mean([0.0, 1.0]) < 1e-100
+    assert geometric_mean([0.0, 1.0]) == 0
 
 
 def test_unequal_counts_and_measures():
@@ -154,6 +154,13 @@ def test_approximate_is_free_in_every_precision():
         made = verdict([0.5], [1e-7], APPROXIMATE, precision)
         assert made.wrong == []
         assert made.metrics["error/rel_l2"] == pytest.approx(0.5)
+
+
+def test_no_multiples_of_a_plain_model_without_error():
+    metrics = verdict([0.5, 0.5], [0.0, 0.01], APPROXIMATE, "fp32").metrics
+    assert metrics["error/rel_l2_plain_fp32"] == 0
+    assert "error/ratio_max" not in metrics
+    assert verdict([1e-3], [0.0], REORDERED).wrong, "with a bound to hold it has to be one"
 
 
 def test_exact_stack_equals_plain():

@@ -16,7 +16,7 @@ OWN = ("op", "eager", "compile")
 
 def kernels(name: str) -> str:
     """A row a case of experiments/times/<name>.json: microseconds, and how many times longer others take."""
-    if (found := _read(name)) is None:
+    if (found := read(name)) is None:
         return NONE_YET
     ceilings = found["ceilings"]
     rates = f"copy {ceilings['bytes_per_s'] / 1e12:.2f} TB/s, products {ceilings['flops_per_s'] / 1e12:.0f} TFLOP/s"
@@ -29,7 +29,7 @@ def kernels(name: str) -> str:
 
 def rewrites(name: str) -> str:
     """A row a variant of experiments/times/<name>.json: milliseconds of a call, and how many less or more."""
-    if (found := _read(name)) is None:
+    if (found := read(name)) is None:
         return NONE_YET
     alone = found["ms"]["alone"]
     rows = [[f"`{one}`", f"{ms:.3f}", f"{ms - alone:+.3f}"] for one, ms in found["ms"].items()]
@@ -38,7 +38,7 @@ def rewrites(name: str) -> str:
     return head + markdown(REWRITE, REWRITE_NUMBERS, rows)
 
 
-def _read(name: str) -> Any:
+def read(name: str) -> Any:
     """The content of a file, None if there is none yet."""
     file = TIMES / f"{name}.json"
     return json.loads(file.read_text()) if file.is_file() else None

@@ -20,6 +20,9 @@ TIMES = ("model", "workload", "options", "numerics")
 TIME_NUMBERS = ("p50 ms", "p90 ms", "host p50 ms", "Hz", "of roofline", "error (plain's)")
 CHECKS = ("model", "workload", "options", "numerics")
 CHECK_NUMBERS = ("error (plain's)", "worst ratio", "mean ratio", "outcome")
+RATIOS = ("error/ratio_max", "error/ratio_mean")
+NO_ERROR = 1e-200
+"""Older records hold 1e-300 for the error of a plain model that is itself the truth, and ratios to that."""
 NONE_YET = "Not measured yet.\n"
 
 
@@ -99,7 +102,7 @@ def _time_row(record: Record) -> list[str]:
 
 def _check_row(record: Record, common: set[str]) -> list[str]:
     metrics, cells = record["metrics"], [*_asked(record, common), record["numerics"]]
-    ratios = [f"{metrics[name]:.2f}" if name in metrics else "-" for name in ("error/ratio_max", "error/ratio_mean")]
+    ratios = [f"{metrics[name]:.2f}" if metrics.get(name, 1 / NO_ERROR) < 1 / NO_ERROR else "-" for name in RATIOS]
     outcome = ": ".join(filter(None, [record["outcome"], "; ".join(record["reasons"])]))
     return [*cells, _error(metrics), *ratios, outcome]
 
@@ -109,8 +112,7 @@ def _error(metrics: dict[str, float]) -> str:
     if "error/rel_l2" not in metrics:
         return "-"
     plain = [value for name, value in metrics.items() if name.startswith("error/rel_l2_plain_")]
-    # Where the plain model is itself the truth, its error is zero, which a geometric mean holds as 1e-300.
-    own = "-" if not plain else "0" if plain[0] <= 1e-300 else f"{plain[0]:.1e}"
+    own = "-" if not plain else "0" if plain[0] <= NO_ERROR else f"{plain[0]:.1e}"
     return f"{metrics['error/rel_l2']:.1e} ({own})"
 
 

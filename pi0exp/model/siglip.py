@@ -97,7 +97,7 @@ class Siglip(nn.Module):
         """float [B, 3, H, W] in [-1, 1] -> [B, P, out_width] in the activations' dtype, patches row by row."""
         x_BPD = self.patch(image_BCHW.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2) + self.position
         # The patches come out of the convolution channel by channel; without this every layer would keep that layout.
-        x_BPD = x_BPD.to(self.projector.weight.dtype).contiguous()
+        x_BPD = x_BPD.to(self.norm.weight.dtype).contiguous()
         branch: Branch | None = None
         for block in self.blocks:
             x_BPD, branch = block(x_BPD, branch)
