@@ -2,9 +2,11 @@
 #
 #   make demo TORCH=torch==2.11.0        with another build of torch
 #   make demo PYTHON=/path/to/python     in an environment of yours: nothing is created or downloaded
+#   make test WORKERS=8                  with eight processes that test a file at a time
 
 TORCH ?= torch==2.13.0
 BASE_PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 
 ifdef PYTHON
@@ -39,10 +41,10 @@ demo: $(READY) ## Measure the policy on a recorded observation: Pi0 with a GPU, 
 	@$(RUN) experiments/demo.py
 
 test: $(READY) ## The tests of every day, under 15 minutes on 2 cores
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-slow: $(READY) ## Compilers, whole sweeps, installs
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 lint: $(READY) ## Format, lint and types, as CI checks them
 	$(RUN) -m ruff format --check .

@@ -251,7 +251,7 @@ def test_shapes_find_their_rows():
     assert skinny_gemm.launch_for("gfx950", torch.bfloat16, 51, 2560, 1024) is skinny_gemm.OTHERS
     down = gemm.LAUNCH["sm_90", 2048, 16384]
     assert gemm.launch_for("sm_90", torch.bfloat16, 788, 2048, 16384, False) is down
-    assert gemm.launch_for("sm_90", torch.bfloat16, 768, 1152, 1152, False) is gemm.SMALL
+    assert gemm.launch_for("sm_90", torch.bfloat16, 768, 1216, 1152, False) is gemm.SMALL
     assert gemm.launch_for("sm_100", torch.bfloat16, 788, 32768, 2048, True) is gemm.LARGE
     assert gemm.launch_for("gfx942", torch.bfloat16, 788, 32768, 2048, True) is gemm.AMD[True]
 
