@@ -22,6 +22,7 @@ NEEDED = {
     "rich": "rich",
     "pytest": "pytest",
     "pytest_timeout": "pytest-timeout",
+    "xdist": "pytest-xdist",
 }
 
 

@@ -26,7 +26,7 @@ PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf"
 OWN = ("name", "resume", "subject", "track")
 """Keys of `conf/config.yaml` itself; every other one comes from a group."""
-STAGED = ("attention", "gemm")
+STAGED = ("gemm", "attention", "compile_mode")
 """Groups whose option may differ between stages."""
 
 

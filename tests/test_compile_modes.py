@@ -141,6 +141,60 @@ def test_breaks_are_counted_where_they_are_allowed():
     assert policy.counters()["compile/breaks"] > 0
 
 
+# ---- single stages
+
+
+def test_stages_may_have_modes_of_their_own(traced: list[dict[str, Any]]):
+    words = ("compile_mode.denoise=max_autotune_no_graphs", "compile_mode.vision=none")
+    policy = applied(option_of("default", *words))
+    lines = [line for line in policy.applied["compile_mode"] if "torch.compile" in line]
+    assert [line.partition(":")[0] for line in lines] == ["prefill", "denoise", "denoise"]
+    assert ["max-autotune" in line for line in lines] == [False, True, True]
+    # The prefill with no settings, both functions of the steps with those of their mode.
+    assert traced == [{}, *[list_mode_options("max-autotune-no-cudagraphs")] * 2]
+    before, plain = policy.counters(), tiny_policy()
+    noise_BCA = noise_for(plain, GIVEN[0])
+    assert torch.equal(policy.sample_actions(GIVEN[0], noise_BCA), plain.sample_actions(GIVEN[0], noise_BCA))
+    assert policy.counters()["compile/graphs"] - before["compile/graphs"] == 2
+
+
+@pytest.mark.usefixtures("traced")
+def test_only_the_steps_are_compiled():
+    option = config.stack(plain_config("compile_mode=none", "compile_mode.denoise=default")).compile_mode
+    policy = applied(option)
+    before = policy.counters()["compile/graphs"]
+    policy.sample_actions(GIVEN[0])
+    assert policy.counters()["compile/graphs"] - before == 1
+    assert policy.applied["compile_mode"][-1].startswith("sample_actions -> noise")
+
+
+@pytest.mark.usefixtures("traced")
+def test_blocks_of_one_stage_leave_those_of_others():
+    """The blocks of prefill and denoising are of one class: what wraps the one's must not reach the other's."""
+    option = config.stack(
+        plain_config("compile_mode=none", "compile_mode.denoise={name: default, region: block}")
+    ).compile_mode
+    policy = applied(option)
+    before = policy.counters()["compile/graphs"]
+    policy.sample_actions(GIVEN[0])
+    assert policy.counters()["compile/graphs"] - before == 2, "the first block, and all others"
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_stage_that_captures_makes_the_call_a_generation(monkeypatch: pytest.MonkeyPatch):
+    policy, marks = applied(option_of("default", "compile_mode.vision=reduce_overhead")), []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    policy.sample_actions(GIVEN[0])
+    assert marks == [1]
+    assert "startup_s/record" in policy.counters()
+
+
+def test_a_stage_that_captures_clashes_with_graphs():
+    words = ("compile_mode=default", "compile_mode.vision=reduce_overhead", "graphs=manual")
+    (reason,) = build.unmet(config.stack(plain_config(*words)), GPU)
+    assert reason.startswith("compile_mode.vision: captures twice")
+
+
 # ---- settings
 
 

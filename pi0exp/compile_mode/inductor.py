@@ -11,6 +11,7 @@ and never set globally. Its cache on disk (TORCHINDUCTOR_CACHE_DIR) is left on; 
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -21,8 +22,9 @@ from torch import Tensor
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
 from torch._inductor import list_mode_options, list_options
 
+from pi0exp.compile_mode.option import CompileOption
 from pi0exp.model.observation import Observation
-from pi0exp.option import STAGES, Numerics, Option
+from pi0exp.option import Numerics
 from pi0exp.policy import DeviceCall, Policy
 
 
@@ -44,7 +46,7 @@ block of each differs from the others: it has no branch to add and makes the mas
 
 
 @dataclass(frozen=True)
-class Compiled(Option):
+class Compiled(CompileOption):
     """Static shapes; a new structure of the observation compiles anew. Numerics: fusion changes roundings.
 
     region: what is compiled by itself. fullgraph: an operation that cannot be traced is an error, not a break of the
@@ -55,8 +57,7 @@ class Compiled(Option):
 
     numerics = Numerics.REORDERED
     mode: ClassVar[str] = "default"
-    captures: ClassVar[bool] = False
-    """The mode makes CUDA graphs of its own."""
+    compiles: ClassVar[bool] = True
 
     region: Region = Region.stage
     fullgraph: bool = True
@@ -80,26 +81,32 @@ class Compiled(Option):
     def proofs(self) -> list[str]:
         return [self.proof(), r"(cuda|hip)GraphLaunch"] if self.captures else [self.proof()]
 
-    def apply(self, policy: Policy) -> None:
-        limit = self.max_structures * _VARIANTS[self.region]
-        torch._dynamo.config.recompile_limit = limit
-        torch._dynamo.config.accumulated_recompile_limit = max(limit, torch._dynamo.config.accumulated_recompile_limit)
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
+    def apply_to(self, policy: Policy, stages: tuple[str, ...]) -> None:
         compile_one = partial(torch.compile, options=self.settings() or None, fullgraph=self.fullgraph, dynamic=False)
         what = f"torch.compile(mode={self.mode}{self.remark()})"
-        for stage in STAGES:
+        for stage in stages:
             if self.region is Region.stage:
                 policy.wrap_stage(stage, compile_one, what)
             else:
                 policy.wrap_blocks(stage, compile_one, what)
-        policy.wrap_call(one_kind_of_noise, "noise as the tensors of later steps are")
-        if self.captures:
-            policy.wrap_call(one_step, "one generation of Inductor's CUDA graphs a call")
-        policy.count_with(CompileClock(self.captures).counters)
 
     def remark(self) -> str:
         """What the mode's name does not say."""
         return ""
+
+
+def prepare_call(policy: Policy, modes: Sequence[Compiled]) -> None:
+    """What the modes of the stages need once: limits of the process, and wrappers of the call."""
+    # Blocks of two stages are of one class, and the limit is that of a function: it holds for their sum.
+    limit = sum(mode.max_structures * _VARIANTS[mode.region] for mode in modes)
+    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.config.accumulated_recompile_limit = max(limit, torch._dynamo.config.accumulated_recompile_limit)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    policy.wrap_call(one_kind_of_noise, "noise as the tensors of later steps are")
+    captures = any(mode.captures for mode in modes)
+    if captures:
+        policy.wrap_call(one_step, "one generation of Inductor's CUDA graphs a call")
+    policy.count_with(CompileClock(captures).counters)
 
 
 def one_kind_of_noise(call: DeviceCall) -> DeviceCall:

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from pi0exp.option import Option
+from pi0exp.compile_mode.option import CompileOption
 
 
 @dataclass(frozen=True)
-class NoCompile(Option):
+class NoCompile(CompileOption):
     """Leave the stages as they are."""

@@ -37,8 +37,8 @@ class ReduceOverhead(Compiled):
             return []
         return [f"captures twice: mode {self.mode} makes CUDA graphs of its own; choose graphs=none"]
 
-    def apply(self, policy: Policy) -> None:
-        super().apply(policy)
+    def apply_to(self, policy: Policy, stages: tuple[str, ...]) -> None:
+        super().apply_to(policy, stages)
         if torch.version.hip is not None:
             policy.note(UNVERIFIED_ON_AMD)
             warnings.warn(f"compile_mode: mode {self.mode}: {UNVERIFIED_ON_AMD}", stacklevel=2)

@@ -76,7 +76,7 @@ class AiterGemm(StagedOption):
         others = [part for _, part in stack.gemm.parts() if isinstance(part, AiterGemm) and part.path != self.path]
         if others:
             reasons.append(f"aiter reads one table a process, not {self.path} and {others[0].path}")
-        if self.preshuffle and not isinstance(stack.compile_mode, NoCompile):
+        if self.preshuffle and not all(isinstance(mode, NoCompile) for _, mode in stack.compile_mode.parts()):
             reasons.append(
                 "preshuffle=true needs compile_mode=none: a shuffled weight is marked by an attribute of the Python"
                 " object, which compiled code need not pass on"
