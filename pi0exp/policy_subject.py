@@ -43,12 +43,11 @@ class PolicySubject:
     weights: config.Weights
     workload: Workload
     stack: config.Stack
-    precision_name: str
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Self:
         dimensions, weights = config.model(plain)
-        return cls(dimensions, weights, config.workload(plain), config.stack(plain), plain["names"]["precision"])
+        return cls(dimensions, weights, config.workload(plain), config.stack(plain))
 
     def params(self) -> dict[str, str]:
         given = {name: value for name, value in vars(self.workload).items() if name != "name" and value is not None}
@@ -157,7 +156,7 @@ class PolicySubject:
                 before = after
             start = time.perf_counter()
         bound = build.bound(self.stack)
-        verdict = verify.judge(before, plain, truth, self.numerics, self.precision_name, failures, bound)
+        verdict = verify.judge(before, plain, truth, self.numerics, self.precision.model.name, failures, bound)
         made = self.inputs(inputs)
         facts = made.facts | {"weights": "random" if self.checkpoint is None else "checkpoint"}
         return PolicyInstance(self, policy, verdict, startup_s, facts, made.items, self.on_device(made.items, device))

@@ -27,6 +27,11 @@ class Precision:
     outside: torch.dtype
     rounded: bool
 
+    @property
+    def name(self) -> str:
+        """What its activations are commonly called."""
+        return {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}[self.activations]
+
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype in which the parameter `name` is held."""
         kept = not name.startswith(TRANSFORMERS) or name.startswith(_FLOAT32_INSIDE)
