@@ -58,7 +58,7 @@ def judge(
 ) -> Verdict:
     """Hold the actions of the stack, `found`, against the plain model's and the truth's: each a list of [B, C, A].
 
-    `precision` is the name of the plain model's; fp32 has an absolute limit, all others are judged relative to that model.
+    `precision` is the name of the plain model's; fp32 has an absolute limit, all others are relative to that model.
     `bound`: the relative L2 error that an APPROXIMATE stack allows itself on each observation.
     """
     for whose, given in (("", found), ("plain model's ", plain), ("truth's ", truth)):
