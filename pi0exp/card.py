@@ -21,19 +21,69 @@ def card(record: dict[str, Any], run_id: str, settled: bool) -> str:
     params, metrics, facts, machine = record["params"], record["metrics"], record["facts"], record["fingerprint"]
     outcome = record["outcome"]
     rows = asked(params)
-    rows += [("facts", ", ".join(f"{name} {value}" for name, value in facts.items()))] if facts else []
+    short = {name: value for name, value in facts.items() if name not in ROWS}
+    rows += [("facts", ", ".join(f"{name} {value}" for name, value in short.items()))] if short else []
     rows += [("machine", machine_line(machine))]
     if outcome == "ok":
-        rows += [("latency", _latency(metrics)), ("host to host", f"p50 {metrics['latency_host_ms/p50']:.2f} ms")]
-        if "roofline/share" in metrics:
-            floor, share = metrics["roofline/floor_ms"], metrics["roofline/share"]
-            rows.append(("roofline", f"floor {floor:.2f} ms, {100 * share:.0f} % of it reached"))
+        rows += [("latency", _latency(metrics)), *measured_rows(metrics)]
+        if "gpu/launches" in metrics:
+            rows.append(("GPU time", _gpu_time(metrics)))
     if "error/rel_l2" in metrics:
         rows.append(("error", _error(record)))
+    rows += [(title, facts[name]) for name, title in ROWS.items() if name in facts]
     rows.append(("outcome", outcome + (" (already measured; resume=false measures again)" if settled else "")))
     rows += [("", reason) for reason in record["reasons"]]
     rows.append(("MLflow run", f"{run_id}  study {record['study']}"))
     return aligned(rows)
+
+
+ROWS = {
+    "warm_up": "warm-up",
+    "median": "median",
+    "clocks": "clocks",
+    "processes": "others on GPU",
+    "power": "power from",
+    "ceilings": "ceilings",
+}
+"""Facts that stand in a row of their own, since they qualify the numbers: name -> title."""
+
+
+def measured_rows(metrics: dict[str, float]) -> list[tuple[str, str]]:
+    """One row for each pass beside the latency, as far as there is one; records of earlier versions have fewer."""
+    rows = []
+    if "latency_ms/p50_low" in metrics:
+        low, high = metrics["latency_ms/p50_low"], metrics["latency_ms/p50_high"]
+        rows.append(("", f"p50 within {low:.2f} to {high:.2f} ms at 95 %, {metrics['sampling/count']:.0f} calls"))
+    rows.append(("host to host", f"p50 {metrics['latency_host_ms/p50']:.2f} ms"))
+    if "latency_paced_ms/p50" in metrics:
+        p50, p99 = metrics["latency_paced_ms/p50"], metrics["latency_paced_ms/p99"]
+        late = metrics["latency_paced_ms/late_share"]
+        tail = f", {100 * late:.0f} % of the calls began late" if late else ""
+        rows.append(("paced", f"p50 {p50:.2f} ms, p99 {p99:.2f} ms{tail}"))
+    stages = {name.removeprefix("stage_ms/"): value for name, value in metrics.items() if name.startswith("stage_ms/")}
+    if stages:
+        rows.append(("stages", ", ".join(f"{name} {value:.2f} ms" for name, value in stages.items())))
+    if "roofline/share" in metrics:
+        rows.append(("roofline", _roofline(metrics)))
+    if "energy_j/call" in metrics:
+        rows.append(("power", _power(metrics)))
+    return rows
+
+
+def _roofline(metrics: dict[str, float]) -> str:
+    text = f"floor {metrics['roofline/floor_ms']:.2f} ms, {100 * metrics['roofline/share']:.0f} % of it reached"
+    if "roofline/share_sustained" in metrics:
+        floor, share = metrics["roofline/floor_sustained_ms"], metrics["roofline/share_sustained"]
+        text += f"; sustained {floor:.2f} ms, {100 * share:.0f} %"
+    return text
+
+
+def _power(metrics: dict[str, float]) -> str:
+    text = f"mean {metrics['power_w/mean']:.0f} W"
+    text += f" of {metrics['power_w/limit']:.0f} W allowed" if "power_w/limit" in metrics else ""
+    text += f", {metrics['energy_j/call']:.2f} J a call"
+    text += f" +- {metrics['energy_j/uncertainty']:.2f}" if "energy_j/uncertainty" in metrics else ""
+    return f"{text}, {metrics['perf_per_watt']:.3f} calls/s/W"
 
 
 def aligned(rows: list[tuple[str, str]]) -> str:
@@ -77,6 +127,15 @@ def machine_line(machine: dict[str, Any]) -> str:
 def _latency(metrics: dict[str, float]) -> str:
     p50, p90 = metrics["latency_ms/p50"], metrics["latency_ms/p90"]
     return f"p50 {p50:.2f} ms, p90 {p90:.2f} ms, {metrics['throughput_hz']:.1f} Hz"
+
+
+def _gpu_time(metrics: dict[str, float]) -> str:
+    """Categories that are not 0 %, the largest first."""
+    shares = {name.split("/")[1]: value for name, value in metrics.items() if name.startswith("kernels_share/")}
+    largest = sorted((name for name in shares if shares[name] >= 0.005), key=lambda name: -shares[name])
+    words = [f"{name} {100 * shares[name]:.0f} %" for name in largest]
+    idle = f"; idle {100 * metrics['gpu/idle_share']:.0f} % under the profiler" if "gpu/idle_share" in metrics else ""
+    return f"{', '.join(words)}; {metrics['gpu/launches']:.0f} launches{idle}"
 
 
 def _error(record: dict[str, Any]) -> str:

@@ -28,6 +28,11 @@ class Device(StrEnum):
 class MeasureConfig:
     """How long and how often (`conf/measure/`). Durations in seconds, the rest are counts of calls.
 
+    ci_share: go on sampling until half the confidence interval of the median is within this share of it; None: as many
+    calls as `samples` says. paced_interval_ms: also measure calls that begin so often; None: no such pass. power_s: of
+    calls back to back for power and energy; 0: no such pass. reuse_ceilings: take what this GPU was measured to reach
+    within the last week; false: measure it again.
+    keep_trace: store the profiler's trace with the run.
     explain: say what a measurement would do, and stop.
     """
 
@@ -37,10 +42,17 @@ class MeasureConfig:
     warmup_s: float = 2.0
     warmup_max_s: float = 60.0
     samples: int = 200
-    samples_max_s: float = 120.0
+    samples_max_s: float = 60.0
+    ci_share: float | None = 0.005
     host_samples: int = 50
+    stage_samples: int = 30
+    paced_interval_ms: float | None = None
+    paced_samples: int = 200
+    power_s: float = 5.0
     profile_calls: int = 3
+    keep_trace: bool = True
     ceilings_s: float = 2.0
+    reuse_ceilings: bool = True
     timeout_s: float = 3600.0
     explain: bool = False
 
@@ -50,6 +62,8 @@ class MeasureConfig:
             ("warmup_calls", 1),
             ("samples", 1),
             ("host_samples", 1),
+            ("stage_samples", 1),
+            ("paced_samples", 1),
             ("profile_calls", 1),
         ):
             if getattr(self, name) < least:
@@ -57,6 +71,11 @@ class MeasureConfig:
         for name in ("warmup_s", "warmup_max_s", "samples_max_s", "ceilings_s", "timeout_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        if self.power_s != 0 and self.power_s < 5:
+            raise ValueError(f"power_s is {self.power_s}; it must be 5 or more, or 0 for none")
+        for name in ("ci_share", "paced_interval_ms"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0, or null for none")
 
 
 @dataclass(frozen=True)

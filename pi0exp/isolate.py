@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,8 +27,12 @@ _REFUSAL = "pi0exp.measure: "
 """Starts the line in which the child says what is wrong with its input."""
 
 
-def measure_isolated(plain: dict[str, Any], timeout_s: float, progress: Callable[[str], None]) -> Result:
+def measure_isolated(
+    plain: dict[str, Any], timeout_s: float, progress: Callable[[str], None], keep: Path | None = None
+) -> Result:
     """The child's `Result`; a child that dies, hangs or says nothing becomes one too.
+
+    keep: a folder that receives what the child left beside its result (the profiler's trace).
 
     Raises UserError where the child could not read the configuration or an input, and KeyboardInterrupt. Whatever
     happens, neither the child nor anything that it started is left.
@@ -56,6 +61,9 @@ def measure_isolated(plain: dict[str, Any], timeout_s: float, progress: Callable
         finally:
             _end(child)
             reader.join(GRACE_S)
+        left = target.with_suffix(".files")
+        if keep is not None and left.is_dir() and target.exists():  # without a result they may be torn
+            shutil.copytree(left, keep, dirs_exist_ok=True)
         text = "".join(list(log))
         if code is None:
             return Result(Outcome.TIMEOUT, [f"no result after {timeout_s:g} s (measure.timeout_s)"], log=text)

@@ -185,6 +185,11 @@ def tracking_uri() -> str | None:
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
+def ceilings_path() -> str | None:
+    """PI0EXP_CEILINGS: the file in which what GPUs were measured to reach is kept, in the place of the usual one."""
+    return os.environ.get("PI0EXP_CEILINGS") or None
+
+
 def wants_full_errors() -> bool:
     """Hydra's variable: show tracebacks instead of one line."""
     return os.environ.get("HYDRA_FULL_ERROR") == "1"

@@ -1,7 +1,8 @@
 """Measure one point in a process of its own:  python -m pi0exp.measure EXPERIMENT.json RESULT.json
 
 A plain command, so that a profiler can be put in front of it. EXPERIMENT.json is the composed configuration as the
-parent writes it (artifact `experiment.json` of every run); RESULT.json receives a `Result`.
+parent writes it (artifact `experiment.json` of every run); RESULT.json receives a `Result`, and the folder RESULT.files
+beside it what is no text: the profiler's trace.
 """
 
 import json
@@ -10,7 +11,6 @@ import sys
 import traceback
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from pi0exp import config, subject
@@ -43,14 +43,22 @@ def fingerprint(machine: Machine) -> dict[str, Any]:
     return {**machine.identity(), "cpu": machine.cpu, "cores": machine.cores, **code}
 
 
-def measure(plain: dict[str, Any]) -> Result:
-    """Build, verify, time, profile. Nothing is timed that was not verified, and each pass has the device for itself."""
+def measure(plain: dict[str, Any], folder: Path | None = None) -> Result:
+    """Build, verify, time, profile. Nothing is timed that was not verified, and each pass has the device for itself.
+
+    folder: for files that are no texts, made if there are any; without it they are not kept.
+    """
     import torch
 
-    from pi0exp.ceilings import burst_ceilings
-    from pi0exp.proof import profiled_names, unproven
-    from pi0exp.roofline import floor_ms
-    from pi0exp.timing import device_sample_ms, measure_samples, summary, wall_sample_ms, warm_up
+    from pi0exp.ceilings import owner_of, reached
+    from pi0exp.ceilings_file import CeilingsFile
+    from pi0exp.gpu_time import gpu_time
+    from pi0exp.passes import gpu_sensors, timed_passes
+    from pi0exp.profiling import NAMES
+    from pi0exp.proof import unproven
+    from pi0exp.roofline import least_time, shares
+    from pi0exp.roofline_plot import roofline_svg
+    from pi0exp.slices import Ceilings
 
     settings, thing = config.measure(plain), subject.subject(plain)
     set_environment(thing.environment())
@@ -68,18 +76,16 @@ def measure(plain: dict[str, Any]) -> Result:
     ceilings = None
     if machine.has_gpu:
         progress("ceilings: copy and matrix product")
-        ceilings = burst_ceilings(thing.matrix_dtype(), device, settings.ceilings_s)
-        metrics |= {
-            "ceilings/copy_tb_per_s": ceilings.bytes_per_s / 1e12,
-            "ceilings/matrix_tflop_per_s": ceilings.flops_per_s / 1e12,
-        }
+        rate, file, owner = thing.matrix_rate(), CeilingsFile.default(), owner_of(machine, device)
+        ceilings = reached(rate, device, settings.ceilings_s, settings.reuse_ceilings, file, owner)
         torch.cuda.empty_cache()
 
     instance = thing.build(device, settings.inputs, progress)
+    facts = dict(instance.facts)
     common: dict[str, Any] = {
         "numerics": numerics,
         "applied": instance.applied,
-        "facts": instance.facts,
+        "facts": facts,
         "fingerprint": prints,
     }
     metrics |= instance.verdict.metrics
@@ -88,58 +94,59 @@ def measure(plain: dict[str, Any]) -> Result:
     if machine.has_gpu:
         torch.cuda.reset_peak_memory_stats(device)
 
-    progress("warm up")
-    metrics |= warm_up(instance.call, device, settings)
-    samples = measure_samples(
-        lambda i: device_sample_ms(instance.call, i, device),
-        settings.samples,
-        settings.samples_max_s,
-        progress,
-        "measure",
-    )
-    host = measure_samples(
-        lambda i: wall_sample_ms(instance.call_host, i),
-        settings.host_samples,
-        settings.samples_max_s,
-        progress,
-        "measure host to host",
-    )
+    sensors, lacking = gpu_sensors(device)
+    passes = timed_passes(instance, device, settings, progress, sensors)
+    metrics |= passes.metrics
+    facts |= lacking | passes.facts
     if machine.has_gpu:
         metrics["memory_mb/peak"] = torch.cuda.max_memory_allocated(device) / 2**20
         progress("profile")
-        names = profiled_names(instance.call, settings.profile_calls)
-        if reasons := unproven(thing.proofs(), names):
+        rates = None
+        if ceilings is not None:
+            burst = ceilings.roofs.burst
+            rates = Ceilings(burst.flops_per_s, burst.bytes_per_s, NAMES[rate])
+        gpu = gpu_time(instance, settings, rates, folder)
+        if reasons := unproven(thing.proofs(), gpu.names):
             return Result(Outcome.UNPROVEN, reasons, metrics=metrics, **common)
 
-    timed = summary(samples)
-    timed |= {
-        "latency_host_ms/p50": median(host),
-        "throughput_hz": 1e3 * instance.samples_per_call / timed["latency_ms/p50"],
-    }
+    timed = passes.timed
+    timed["throughput_hz"] = 1e3 * instance.samples_per_call / timed["latency_ms/p50"]
     metrics |= {f"startup_s/{name}": seconds for name, seconds in instance.startup_s.items()} | instance.counters()
+    files = instance.attachments()
+    if machine.has_gpu:
+        # Before the shares of the roofline: in one graph for the whole call only the profile tells the stages apart.
+        timed |= gpu.metrics(timed["latency_ms/p50"])
+        files |= gpu.files()
+        facts |= gpu.facts()
     if ceilings is not None:
-        stages = floor_ms(thing.work(), ceilings)
-        floor = sum(stages.values())
-        metrics |= {"roofline/floor_ms": floor} | {f"roofline/floor_ms_{name}": value for name, value in stages.items()}
-        if timed["latency_ms/p50"] < floor:
-            reason = f"latency {timed['latency_ms/p50']:.3f} ms is below the floor of {floor:.3f} ms: a wrong benchmark"
+        work, own, p50 = thing.work(), thing.stack_work(), timed["latency_ms/p50"]
+        least = least_time(work, own, ceilings.roofs)
+        if p50 < least["roofline/floor_ms"] and ceilings.reused:
+            progress("below the floor: ceilings again")
+            ceilings = reached(rate, device, settings.ceilings_s, False, file, owner)
+            least = least_time(work, own, ceilings.roofs)
+        metrics |= ceilings.metrics() | least
+        facts["ceilings"] = ceilings.when
+        if p50 < (floor := least["roofline/floor_ms"]):
+            reason = f"latency {p50:.3f} ms is below the floor of {floor:.3f} ms: a wrong benchmark"
             return Result(Outcome.ERROR, [reason], metrics=metrics, **common)
-        timed["roofline/share"] = floor / timed["latency_ms/p50"]
+        timed |= shares(metrics | timed)
+        files |= {"roofline.svg": roofline_svg(work, ceilings.roofs, timed)}
     return Result(
         Outcome.OK,
         metrics=metrics | timed,
-        samples={"latency_ms": samples, "latency_host_ms": host},
-        files=instance.attachments(),
+        samples=passes.samples,
+        files=files,
         **common,
     )
 
 
-def guarded(plain: dict[str, Any]) -> Result:
+def guarded(plain: dict[str, Any], folder: Path | None = None) -> Result:
     """`measure`, where running out of memory and errors are results too (the parent adds machine and numerics)."""
     import torch
 
     try:
-        return measure(plain)
+        return measure(plain, folder)
     except torch.OutOfMemoryError as error:
         reason = (str(error).splitlines() or ["the device ran out of memory"])[0]
         return Result(Outcome.OOM, [reason])
@@ -164,7 +171,7 @@ def main(arguments: list[str]) -> int:
         plain = json.loads(source.read_text())
         if not isinstance(plain, dict):
             raise UserError(f"{source}: no composed configuration, which is a JSON object")
-        result = guarded(plain)
+        result = guarded(plain, target.with_suffix(".files"))
         part = target.with_suffix(".part")
         part.write_text(json.dumps(result.to_dict()))
         os.replace(part, target)  # whole or not at all

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -46,7 +47,8 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
             write_record(settled.record, results)
         return shown(settled.record, settled.run_id, settled=True)
 
-    with interrupts.held():
+    with interrupts.held(), tempfile.TemporaryDirectory(prefix="pi0exp-") as scratch:
+        kept = Path(scratch)
         run_id = store.start(run.name, name, key, params, tags(machine, thing.numerics.name))
 
         def finish(result: Result) -> dict[str, Any]:
@@ -67,14 +69,16 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
                 result = Result(Outcome.UNSUPPORTED, reasons)
             else:
                 with shown_progress(name) as progress:
-                    result = measure_isolated(experiment, settings.timeout_s, progress)
+                    result = measure_isolated(experiment, settings.timeout_s, progress, kept)
         except KeyboardInterrupt as error:
             finish(Result(Outcome.INTERRUPTED, [f"stopped by {error or 'Ctrl-C'}"]))
             raise
         except BaseException as error:
             finish(Result(Outcome.ERROR, [f"{type(error).__name__}: {error}"]))
             raise
-        return shown(finish(result), run_id, settled=False)
+        made = finish(result)
+        store.attach(run_id, kept)
+        return shown(made, run_id, settled=False)
 
 
 def experiment_of(plain: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ the host knows. The device part then runs on it and depends on nothing but its `
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,6 +26,8 @@ DeviceCall = Callable[[Observation, Tensor], Tensor]
 Counters = Callable[[], dict[str, float]]
 
 Attachments = Callable[[], dict[str, str]]
+Watch = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+"""(stage, function that computes a part of it) -> a function that computes the same."""
 
 STAGE_METHODS = {"vision": ("embed_prefix",), "prefill": ("prefill",), "denoise": ("begin", "denoise_step")}
 """The methods of `Pi0` that compute a stage."""
@@ -35,12 +38,14 @@ class Policy:
     """A model, how it is called, and what was done to it.
 
     horizon, num_steps: size of the action chunk and number of Euler steps. applied: group -> what its option did.
+    stages_apart: each call runs the functions of the stages from Python; false in one graph for the whole call.
     """
 
     model: Pi0
     horizon: int
     num_steps: int = 10
     applied: dict[str, list[str]] = field(default_factory=dict)
+    stages_apart: bool = True
     _prepare: list[Prepare] = field(default_factory=list)
     _call: DeviceCall | None = None
     _counters: list[Counters] = field(default_factory=list)
@@ -95,6 +100,23 @@ class Policy:
     def attachments(self) -> dict[str, str]:
         """File name -> text that the options want kept with the result, such as a tuned table."""
         return {name: text for attachments in self._attachments for name, text in attachments().items()}
+
+    @contextmanager
+    def watched(self, watch: Watch) -> Iterator[None]:
+        """Meanwhile each function that computes a stage is `watch(stage, function)`, outermost, so that nothing is
+        captured or compiled anew. Only where the stages are apart."""
+        inner, own = vars(self.model), dict[str, Any]()
+        names = [(stage, name) for stage, methods in STAGE_METHODS.items() for name in methods]
+        for stage, name in names:
+            if name in inner:
+                own[name] = inner[name]
+            inner[name] = watch(stage, getattr(self.model, name))
+        try:
+            yield
+        finally:
+            for _, name in names:
+                del inner[name]
+            inner.update(own)
 
     # ---- how options change it
 
@@ -170,9 +192,13 @@ class Policy:
             block.forward = partial(wrapped[type(block)], block)
         self.note(f"{stage}: {len(blocks)} blocks -> {what}")
 
-    def wrap_call(self, wrapper: Callable[[DeviceCall], DeviceCall], what: str) -> None:
-        """Replace the device part of a call by `wrapper` of it."""
+    def wrap_call(self, wrapper: Callable[[DeviceCall], DeviceCall], what: str, whole: bool = False) -> None:
+        """Replace the device part of a call by `wrapper` of it.
+
+        whole: the result no longer passes through the functions of the stages, a captured graph say.
+        """
         self._call = wrapper(self._call or self.plain_call)
+        self.stages_apart = self.stages_apart and not whole
         self.note(f"sample_actions -> {what}")
 
     def prepare_with(self, prepare: Prepare, what: str) -> None:

@@ -6,6 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -13,7 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pi0exp import build, config, roofline, verify
+from pi0exp import build, config, roofline, stack_work, verify
+from pi0exp.graphs.capture import Capture, launched_one_by_one
 from pi0exp.machine import Machine
 from pi0exp.model.checkpoint import Checkpoint, find_checkpoint
 from pi0exp.model.config import ModelConfig
@@ -23,7 +25,7 @@ from pi0exp.model.precision import Precision
 from pi0exp.model.weights import Source, checkpoint_source, random_source
 from pi0exp.model.weights import build as build_model
 from pi0exp.option import Numerics
-from pi0exp.policy import Policy
+from pi0exp.policy import Policy, Watch
 from pi0exp.precision.option import PrecisionOption, allow_tf32
 from pi0exp.preprocess import Normalization, load_normalization
 from pi0exp.subject import Progress, StageWork, Verdict
@@ -75,8 +77,8 @@ class PolicySubject:
     def proofs(self) -> list[tuple[str, str]]:
         return build.proofs(self.stack)
 
-    def matrix_dtype(self) -> torch.dtype:
-        return self.precision.model.activations
+    def matrix_rate(self) -> str:
+        return self.precision.products()
 
     def preflight(self) -> None:
         _ = self.checkpoint  # opening it checks it
@@ -103,8 +105,16 @@ class PolicySubject:
         item = self.inputs(1).items[0]
         lengths = [int(length) for length in item.token_mask.sum(axis=1)]
         cameras, workload = sum(self.workload.cameras_present), self.workload
-        size = self.matrix_dtype().itemsize
+        size = roofline.VALUE_BYTES[self.matrix_rate()]
         return roofline.policy_work(self.dimensions, cameras, lengths, workload.horizon, workload.num_steps, size)
+
+    def stack_work(self) -> list[StageWork]:
+        item, workload = self.inputs(1).items[0], self.workload
+        lengths = [int(length) for length in item.token_mask.sum(axis=1)]
+        pi05, present, padded = self.dimensions.pi05, workload.cameras_present, item.token_mask.shape[1]
+        done = stack_work.computed(self.stack, pi05, present, lengths, padded)
+        size = roofline.VALUE_BYTES[self.matrix_rate()]
+        return stack_work.stack_work(self.dimensions, done, workload.horizon, workload.num_steps, size)
 
     def source(self, device: torch.device) -> Source:
         if self.checkpoint is not None:
@@ -219,6 +229,14 @@ class PolicyInstance:
 
     def attachments(self) -> dict[str, str]:
         return self.policy.attachments()
+
+    def watched(self, watch: Watch) -> AbstractContextManager[None] | None:
+        return self.policy.watched(watch) if self.policy.stages_apart else None
+
+    def launched(self, watch: Watch) -> AbstractContextManager[None] | None:
+        if not isinstance(self.subject.stack.graphs, Capture):
+            return None
+        return launched_one_by_one(self.policy.watched(watch))
 
     def call(self, index: int) -> None:
         self.policy.sample_actions(*self.device_items[index % len(self.device_items)])

@@ -40,7 +40,10 @@ _EXIT_CODES = {
 CONFIG_ERROR = 2
 """Exit code of what cannot be composed or read: configuration, input, a store that cannot be written."""
 
-TIMED = ("latency_ms/", "latency_host_ms/", "throughput_hz", "roofline/share")
+TIMED = (
+    *("latency_ms/", "latency_host_ms/", "latency_paced_ms/", "stage_ms/", "sampling/", "throughput_hz"),
+    *("power_w/", "energy_j/", "perf_per_watt", "roofline/share", "kernels_", "gpu/", "gemm/"),
+)
 """Prefixes of the metrics that only a correct and proven run may carry."""
 
 
@@ -51,7 +54,7 @@ class Result:
     reasons: one sentence each, why the outcome is what it is. applied: option group -> what it did to the subject.
     metrics: final numbers, named group/name with the unit in the group. samples: every single measurement.
     facts: what else one must know to read the numbers, e.g. tokens=stand-in. fingerprint: machine and versions.
-    log: the end of the child's output where it failed. files: name -> text that the options want kept.
+    log: the end of the child's output where it failed. files: name -> text that is kept beside them.
     """
 
     outcome: Outcome

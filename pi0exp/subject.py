@@ -7,6 +7,7 @@ The policy is one subject; single layers, kernels and matrix products are others
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from pi0exp.machine import Machine
 
+Watch = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 Progress = Callable[[str], None]
 """Told in a few words what is being done."""
 
@@ -71,6 +73,20 @@ class Instance(Protocol):
         """The same from host arrays to host arrays; returns when the result is there."""
         ...
 
+    def watched(self, watch: Watch) -> AbstractContextManager[None] | None:
+        """Meanwhile each function that computes a part of a stage is `watch(stage, function)`.
+
+        None where calls do not pass through such functions: one graph for the whole call, or no stages at all.
+        """
+        ...
+
+    def launched(self, watch: Watch) -> AbstractContextManager[None] | None:
+        """Meanwhile calls launch one by one the kernels that they otherwise replay from graphs, watched as above.
+
+        None where they replay no graphs, or only such as cannot be bypassed.
+        """
+        ...
+
     def counters(self) -> dict[str, float]: ...
     def attachments(self) -> dict[str, str]:
         """File name -> text that is kept with the result."""
@@ -110,8 +126,12 @@ class Subject(Protocol):
         """The least work of one call, stage by stage."""
         ...
 
-    def matrix_dtype(self) -> torch.dtype:
-        """The dtype of its matrix products, for the machine's ceiling."""
+    def stack_work(self) -> list[StageWork]:
+        """What this stack's structure makes of it, stage by stage; the same as `work` where nothing more is known."""
+        ...
+
+    def matrix_rate(self) -> str:
+        """Which rate of the machine bounds its matrix products: a name in `pi0exp.rates.RATES`."""
         ...
 
     def build(self, device: torch.device, inputs: int, progress: Progress) -> Instance:

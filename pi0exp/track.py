@@ -148,6 +148,12 @@ class Store:
             self._client.set_tag(run_id, "outcome", outcome.value)
             self._client.set_terminated(run_id, _status(outcome))
 
+    def attach(self, run_id: str, folder: Path) -> None:
+        """Keep the files in a folder with a run, as they are, beside the texts of its record."""
+        with told(self._name):
+            for file in sorted(folder.iterdir()):
+                self._client.log_artifact(run_id, str(file), "files")
+
     def find(self, record: Record) -> str | None:
         """The run that holds this very record. Another result under the same key is a UserError."""
         for run in self._search(record["study"], f"tags.key = '{record['key']}'"):

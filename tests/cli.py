@@ -20,6 +20,7 @@ QUICK = (
     "measure.warmup_s=0",
     "measure.warmup_max_s=0",
     "measure.host_samples=1",
+    "measure.stage_samples=1",
     "measure.device=cpu",
 )
 TOY = ("subject._target_=toy_subjects.Toy", *QUICK[1:])

@@ -95,8 +95,9 @@ def test_cards_and_table_go_to_stdout_and_progress_to_stderr(sweep):
     cards, table = sweep.stdout.split("#  attention  graphs")
     lines = cards.splitlines()
     assert re.findall(r"(\w+)=", lines[0]) == list(GROUPS), "in the order in which they are applied"
-    assert [line.split()[0] for line in lines[:10]] == [
-        *("stack", "model", "workload", "measure", "facts", "machine", "latency", "host", "error", "outcome")
+    assert [line.split()[0] for line in lines[:12]] == [
+        *("stack", "model", "workload", "measure", "facts", "machine", "latency", "host", "stages", "error"),
+        *("warm-up", "outcome"),
     ]
     assert "tokens stand-in" in lines[4]
     assert "weights random" in lines[4]

@@ -15,7 +15,15 @@ from pi0exp.errors import UserError
 from pi0exp.measure import guarded, measure
 from pi0exp.result import Outcome
 
-SETTINGS = {"device": "cpu", "warmup_calls": 1, "warmup_s": 0.0, "warmup_max_s": 0.0, "samples": 3, "host_samples": 1}
+SETTINGS = {
+    "device": "cpu",
+    "warmup_calls": 1,
+    "warmup_s": 0.0,
+    "warmup_max_s": 0.0,
+    "samples": 3,
+    "host_samples": 1,
+    "ci_share": None,
+}
 
 
 def plain(fault: str) -> dict:

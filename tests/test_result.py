@@ -7,6 +7,8 @@ import pytest
 from pi0exp.result import CONFIG_ERROR, TIMED, Outcome, Result, record
 
 TIMES = {"latency_ms/p50": 20.0, "latency_host_ms/p50": 21.0, "throughput_hz": 50.0, "roofline/share": 0.3}
+TIMES |= {"latency_paced_ms/p50": 19.0, "stage_ms/vision": 2.0, "sampling/tau": 1.0, "power_w/mean": 500.0}
+TIMES |= {"energy_j/call": 9.0, "perf_per_watt": 0.1, "roofline/share_sustained_vision": 0.4}
 FAILURES = [outcome for outcome in Outcome if outcome is not Outcome.OK]
 
 

@@ -1,9 +1,12 @@
 """The least work of a call, against numbers counted independently of this code, and what must hold of any workload."""
 
+from xml.etree import ElementTree
+
 import pytest
 
 from pi0exp.model.config import ModelConfig, tiny
-from pi0exp.roofline import Ceilings, floor_ms, policy_work
+from pi0exp.roofline import Ceilings, Rooflines, floor_ms, least_time, policy_work, shares
+from pi0exp.roofline_plot import placed, roof, roofline_svg
 from pi0exp.subject import StageWork
 
 PI0, PI05 = ModelConfig(), ModelConfig(pi05=True)
@@ -126,3 +129,68 @@ def test_state_token_is_read_but_not_computed():
     extra_mlp = 2 * 10 * 1024 * 1024
     extra_attention = 18 * 4 * 10 * 1 * 2048
     assert pi0.flops - pi05.flops == pytest.approx(extra_mlp + extra_attention)
+
+
+# ---- what a run says of it
+
+ROOFS = Rooflines(H200, Ceilings(bytes_per_s=4.2e12, flops_per_s=663e12))
+
+
+def test_floors_of_burst_and_sustained_ceilings():
+    stages = policy_work(PI0, 3, [20], 10, 10)
+    found = least_time(stages, stages, ROOFS)
+    assert found["roofline/floor_ms"] == pytest.approx(6.18, rel=0.015)
+    assert found["roofline/floor_sustained_ms"] == pytest.approx(7.1, rel=0.015)
+    for name in ("floor_ms", "floor_sustained_ms"):
+        parts = [found[f"roofline/{name}_{stage}"] for stage in ("vision", "prefill", "denoise")]
+        assert sum(parts) == pytest.approx(found[f"roofline/{name}"])
+    assert found["roofline/flops"] == pytest.approx((661 + 3038 + 74) * 1e9, rel=0.005)
+    assert found["roofline/stack_floor_ms"] == found["roofline/floor_ms"]
+
+
+def test_stack_that_does_more_has_another_floor_of_its_own():
+    least, own = policy_work(PI0, 2, [20], 10, 10), policy_work(PI0, 3, [20], 10, 10)
+    found = least_time(least, own, ROOFS)
+    assert found["roofline/floor_ms"] == pytest.approx(sum(floor_ms(least, H200).values()))
+    assert found["roofline/stack_floor_ms"] == pytest.approx(sum(floor_ms(own, H200).values()))
+    assert found["roofline/stack_flops"] > found["roofline/flops"]
+    assert found["roofline/stack_bytes"] > found["roofline/bytes"]
+
+
+def test_shares_of_the_call_and_of_each_stage_that_was_timed():
+    metrics = {"roofline/floor_ms": 6.0, "roofline/floor_sustained_ms": 7.0, "latency_ms/p50": 12.0}
+    assert shares(metrics) == pytest.approx({"roofline/share": 0.5, "roofline/share_sustained": 7 / 12})
+    metrics |= {"roofline/floor_ms_vision": 1.0, "roofline/floor_sustained_ms_vision": 1.5, "stage_ms/vision": 4.0}
+    metrics |= {"roofline/floor_ms_prefill": 4.0, "roofline/floor_sustained_ms_prefill": 4.5, "stage_ms/other": 1.0}
+    found = shares(metrics)
+    assert (found["roofline/share_vision"], found["roofline/share_sustained_vision"]) == (0.25, 0.375)
+    assert not any("prefill" in name or "other" in name for name in found)
+
+
+def test_plot_shows_roofs_and_points():
+    timed = {"latency_ms/p50": 15.0, "stage_ms/vision": 2.0, "stage_ms/prefill": 7.0}
+    stages = policy_work(PI0, 3, [20], 10, 10)
+    text = roofline_svg(stages, ROOFS, timed)
+    assert text == roofline_svg(stages, ROOFS, timed), "the same run, the same bytes"
+    root = ElementTree.fromstring(text)
+    words = " ".join("".join(node.itertext()) for node in root.iter("{http://www.w3.org/2000/svg}text"))
+    for expected in ("FLOP per byte", "TFLOP/s", "burst", "sustained", "vision 42 %", "prefill 55 %", "call 41 %"):
+        assert expected in words, words
+    assert "denoise" not in words
+    assert len(text) < 40_000, "it is kept with every result"
+
+
+def test_points_of_the_plot():
+    stages = [StageWork("vision", 8e9, 1e6), StageWork("denoise", 1e9, 8e6, count=10), StageWork("nothing", 0, 0)]
+    timed = {"latency_ms/p50": 4.0, "stage_ms/vision": 2.0, "stage_ms/denoise": 2.0, "stage_ms/nothing": 1.0}
+    found = placed(stages, timed)
+    assert found["vision"] == pytest.approx((8e3, 4e12))
+    assert found["denoise"] == pytest.approx((125, 5e12))
+    assert found["call"] == pytest.approx((18e9 / 81e6, 4.5e12))
+    assert set(found) == {"vision", "denoise", "call"}
+
+
+def test_roof_bends_at_the_ridge():
+    ridge = H200.flops_per_s / H200.bytes_per_s
+    assert roof(H200, ridge / 2) == pytest.approx(H200.flops_per_s / 2)
+    assert roof(H200, ridge * 2) == H200.flops_per_s

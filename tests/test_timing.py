@@ -11,7 +11,19 @@ import torch
 
 from pi0exp import timing
 from pi0exp.config import MeasureConfig
-from pi0exp.timing import WINDOW, measure_samples, percentile, quiet, summary, wall_sample_ms, warm_up
+from pi0exp.timing import (
+    LOOK_EVERY,
+    WINDOW,
+    doubts,
+    measure_samples,
+    paced_samples,
+    percentile,
+    quiet,
+    steadiness,
+    summary,
+    wall_sample_ms,
+    warm_up,
+)
 
 CPU = torch.device("cpu")
 
@@ -25,6 +37,9 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
     def call(self, ms: Callable[[int], float]) -> Callable[[int], None]:
         """A call that takes `ms(index)`."""
 
@@ -37,7 +52,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=made))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=made, sleep=made.sleep))
     return made
 
 
@@ -184,3 +199,96 @@ def test_quiet_leaves_garbage_collection_off_where_it_was():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+# ---- until the median is known
+
+
+def noisy(spread: float, seed: int = 0) -> Callable[[int], float]:
+    values = 10 * (1 + spread * np.random.default_rng(seed).standard_normal(5000))
+    return lambda index: float(values[index])
+
+
+def sampled(clock: Clock, ms: Callable[[int], float], count: int, max_s: float, share: float | None) -> list[float]:
+    call = clock.call(ms)
+    return measure_samples(lambda i: wall_sample_ms(call, i), count, max_s, ignore, "measure", share)
+
+
+def test_sampling_goes_on_until_the_median_is_known(clock: Clock):
+    """Half the interval is 2.46 spreads over sqrt(n): 0.5 % of 5 % noise takes about 600 calls."""
+    samples = sampled(clock, noisy(0.05), 50, 1e9, 0.005)
+    assert 300 < len(samples) < 1200
+    assert (len(samples) - 50) % LOOK_EVERY == 0
+    assert steadiness(samples)["latency_ms/p50_ci_share"] <= 0.005
+    assert steadiness(samples[:-LOOK_EVERY])["latency_ms/p50_ci_share"] > 0.005
+
+
+def test_sampling_makes_its_calls_even_if_the_median_is_known_before(clock: Clock):
+    assert len(sampled(clock, lambda index: 10.0, 200, 1e9, 0.005)) == 200
+    assert len(sampled(clock, noisy(0.05), 50, 1e9, None)) == 50
+
+
+def test_sampling_ends_at_its_limit_and_says_that_the_median_is_not_known(clock: Clock):
+    samples = sampled(clock, noisy(0.3), 50, 1.0, 0.001)
+    assert 90 < len(samples) < 110
+    settings = MeasureConfig(ci_share=0.001)
+    told = doubts({"warmup/settled": 1.0} | steadiness(samples), settings)
+    assert list(told) == ["median"]
+    assert "with 95 % confidence after" in told["median"]
+    assert told["median"].endswith("0.1 % wanted")
+
+
+def test_drifting_calls_are_sampled_to_the_limit(clock: Clock):
+    """Each a little slower: whatever the noise, the median is not known."""
+    samples = sampled(clock, lambda index: 10.0 + index / 100, 50, 5.0, 0.005)
+    assert clock.now - 100 >= 5.0
+    assert steadiness(samples)["sampling/drift_share"] > 0.05
+
+
+def test_steady_and_known_median_raises_no_doubt():
+    samples = [10 + noisy(0.001)(i) / 1000 for i in range(200)]
+    metrics = {"warmup/settled": 1.0, "warmup/calls": 20.0} | steadiness(samples)
+    assert doubts(metrics, MeasureConfig(ci_share=0.005)) == {}
+    assert doubts(metrics | {"warmup/settled": 0.0}, MeasureConfig(ci_share=None)) == {
+        "warm_up": "not settled after 20 calls"
+    }
+
+
+def test_steadiness():
+    samples = [10.0] * 90 + [11.0] * 90 + [30.0] * 10 + [11.0] * 80
+    found = steadiness(samples)
+    assert found["sampling/count"] == 270
+    assert found["sampling/drift_share"] == pytest.approx(0.1)
+    assert found["sampling/outlier_share"] == pytest.approx(10 / 270)
+    assert found["sampling/tau"] > 10
+
+
+def test_few_samples_have_no_interval():
+    found = steadiness([10.0, 10.1, 10.2])
+    assert "latency_ms/p50_ci_share" not in found
+    told = doubts(found | {"warmup/settled": 1.0}, MeasureConfig(ci_share=0.005))
+    assert told["median"].startswith("unknown with 95 % confidence after 3 calls")
+
+
+# ---- at a robot's pace
+
+
+def test_paced_calls_begin_at_fixed_times(clock: Clock):
+    begun: list[float] = []
+    call = clock.call(lambda index: 10.0 + index)
+
+    def sample(index: int) -> float:
+        begun.append(clock.now - 100)
+        return wall_sample_ms(call, index)
+
+    samples, late = paced_samples(sample, 5, 100.0, 1e9, ignore)
+    assert samples == pytest.approx([10, 11, 12, 13, 14])
+    assert begun == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+    assert late == 0
+
+
+def test_calls_that_take_too_long_for_their_pace_are_late(clock: Clock):
+    """The second takes 250 ms: the third and fourth begin late, the fifth on time again."""
+    call = clock.call(lambda index: 250.0 if index == 1 else 10.0)
+    _, late = paced_samples(lambda i: wall_sample_ms(call, i), 6, 100.0, 1e9, ignore)
+    assert late == pytest.approx(2 / 6)

@@ -7,7 +7,8 @@ they already stand at an address that the graph was captured with; outputs are o
 import ctypes
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -114,6 +115,27 @@ def same_kind(tensor: Tensor) -> Tensor:
     """A copy that is an inference tensor if and only if the tensor is one: Dynamo compiles the kinds apart."""
     with torch.inference_mode(tensor.is_inference()):
         return tensor.detach().clone()
+
+
+_bypassed = False
+"""Whether captured functions run as they are instead of being replayed."""
+
+
+@contextmanager
+def launched_one_by_one(watching: AbstractContextManager[None]) -> Iterator[None]:
+    """Meanwhile whatever was captured runs kernel by kernel, inside `watching`: for a profiler, which sees of a replay
+    neither operations nor stages."""
+    global _bypassed
+    _bypassed = True
+    try:
+        with watching:
+            yield
+    finally:
+        _bypassed = False
+
+
+def bypassed() -> bool:
+    return _bypassed
 
 
 class Tally:

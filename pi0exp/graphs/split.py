@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pi0exp.graphs.capture import Capture, Note, Recording, Recordings, Tally
+from pi0exp.graphs.capture import Capture, Note, Recording, Recordings, Tally, bypassed
 from pi0exp.model.observation import Observation
 from pi0exp.option import STAGES
 from pi0exp.policy import DeviceCall, Policy
@@ -84,6 +84,8 @@ class CapturedFunction:
         self.recordings = Recordings(max_graphs, tally, self._forget)
 
     def __call__(self, *args: Any) -> Any:
+        if bypassed():
+            return self.function(*args)
         leaves, structure = tree_flatten(args)
         given = tensors_of(leaves)
         in_place = frozenset(i for i, tensor in enumerate(given) if self.owners.other_than(self, tensor))

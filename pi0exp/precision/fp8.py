@@ -63,6 +63,9 @@ class Fp8(PrecisionOption):
         """The stages that are converted."""
         return tuple(stage for stage in STAGES if stage not in self.keep)
 
+    def products(self) -> str:
+        return "fp8"
+
     def proof(self) -> str:
         return r"nvjet_(sm\d+_)?qq|float_e4m3"
 

@@ -29,6 +29,12 @@ class PrecisionOption(Option):
             f"activations {policy.model.precision.activations}, TF32 {'allowed' if self.tf32 else 'not allowed'}"
         )
 
+    def products(self) -> str:
+        """The narrowest kind of matrix product in it, by its name in `pi0exp.rates`: floors are counted for it."""
+        if self.model.activations is torch.float32:
+            return "tf32" if self.tf32 else "fp32"
+        return "bf16"
+
 
 def allow_tf32(allowed: bool) -> None:
     """For matrix products and convolutions of this process."""

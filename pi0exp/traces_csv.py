@@ -1,0 +1,137 @@
+"""CSV files of rocprof, rocprofv3 and Nsight Systems: one row a kernel, or one row a name with sums.
+
+The header tells which tool wrote the file. Columns, as the tools' documentation names them:
+  rocprof                     results.csv: KernelName, BeginNs, EndNs, gpu-id
+  rocprofv3                   kernel_trace.csv: Kernel_Name, Start_Timestamp, End_Timestamp (ns), Agent_Id
+  rocprof --stats, rocprofv3 --stats    Name, Calls, TotalDurationNs
+  nsys stats                  cuda_gpu_trace: Start, Duration, Device, Name; cuda_gpu_kern_sum: Total Time, Instances,
+                              Name; the unit stands in brackets behind the column's name
+"""
+
+import csv
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pi0exp.errors import UserError
+from pi0exp.slices import Kind, Slice, Trace
+
+_PREAMBLE_LINES = 30
+"""`nsys stats` says on standard output what it exports before it prints the header."""
+_UNITS_US = {"ns": 1e-3, "nsec": 1e-3, "us": 1.0, "usec": 1.0, "μs": 1.0, "ms": 1e3, "msec": 1e3, "s": 1e6, "sec": 1e6}
+_HOST_CALLS = re.compile(r"hip[A-Z]\w*|hsa_\w+|__hip\w+|roctx\w+|(KERNEL|MEMORY|HIP|HSA|MARKER|RCCL)_[A-Z_]+")
+"""Names in statistics of host calls and of whole domains, which have the columns of those of kernels."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What identifies a file and where its values stand; names of columns without their units.
+
+    Either `end` or `duration` is there. mark: another column that the file must have. foreign: one that makes it
+    another file.
+    """
+
+    format: str
+    name: str
+    start: str = ""
+    end: str = ""
+    duration: str = ""
+    count: str = ""
+    device: str = ""
+    mark: str = ""
+    foreign: str = ""
+
+    def fits(self, titles: set[str]) -> bool:
+        needed = {self.name, self.start, self.end, self.duration, self.count, self.mark} - {""}
+        return needed <= titles and self.foreign not in titles
+
+
+_LAYOUTS = (
+    _Layout("rocprof", "KernelName", start="BeginNs", end="EndNs", device="gpu-id"),
+    _Layout(
+        "rocprofv3 kernel trace", "Kernel_Name", start="Start_Timestamp", end="End_Timestamp", device="Agent_Id",
+        foreign="Counter_Name",
+    ),
+    _Layout("rocprof stats", "Name", duration="TotalDurationNs", count="Calls"),
+    _Layout("nsys cuda_gpu_trace", "Name", start="Start", duration="Duration", device="Device", mark="GrdX"),
+    _Layout("nsys cuda_gpu_kern_sum", "Name", duration="Total Time", count="Instances"),
+)  # fmt: skip
+
+
+def read_csv(path: Path, text: str, known: str) -> Trace:
+    """The trace in the text of a CSV file. Raises UserError, one line; `known` says there what can be read."""
+    rows = csv.reader(text.splitlines(), skipinitialspace=True)
+    try:
+        header, layout = _header(path, rows, known)
+        table = _Table(layout, header)
+        slices = [
+            table.slice(row, f"{path}: line {rows.line_num}") for row in rows if any(cell.strip() for cell in row)
+        ]
+    except csv.Error as error:
+        raise UserError(f"{path}: line {rows.line_num} is no CSV ({error})") from error
+    if layout.format == "rocprof stats" and slices and all(_HOST_CALLS.fullmatch(one.name) for one in slices):
+        raise UserError(
+            f"{path}: statistics of host calls, not of kernels; take the file of the kernels (kernel_stats)"
+        )
+    return Trace(layout.format, sorted(slices, key=lambda one: one.start_us or 0.0))
+
+
+class _Table:
+    """Rows under one header."""
+
+    def __init__(self, layout: _Layout, header: list[str]):
+        self.layout, self.width = layout, len(header)
+        self.places = {_plain(title): place for place, title in enumerate(header)}
+        self.scales = {_plain(title): _UNITS_US[_unit(title) or "ns"] for title in header}
+
+    def slice(self, row: list[str], where: str) -> Slice:
+        """One row; `where` it stands, for the error."""
+        if len(row) != self.width:
+            raise UserError(f"{where} has {len(row)} cells where the header has {self.width}: the file is torn")
+        layout, name = self.layout, row[self.places[self.layout.name]]
+        start = self._us(row, layout.start, where) if layout.start else None
+        duration = self._us(row, layout.duration or layout.end, where) - (start or 0.0 if layout.end else 0.0)
+        if duration < 0:
+            raise UserError(f"{where}: {name[:60]} ends before it begins")
+        count = int(_number(row[self.places[layout.count]], where, layout.count)) if layout.count else 1
+        device = row[self.places[layout.device]] if layout.device in self.places else ""
+        return Slice(name, duration, start, _kind(name), count, device)
+
+    def _us(self, row: list[str], column: str, where: str) -> float:
+        return _number(row[self.places[column]], where, column) * self.scales[column]
+
+
+def _header(path: Path, rows: Iterator[list[str]], known: str) -> tuple[list[str], _Layout]:
+    first: list[str] = []
+    for _, row in zip(range(_PREAMBLE_LINES), rows, strict=False):
+        titles = {_plain(title) for title in row}
+        for layout in _LAYOUTS:
+            if layout.fits(titles):
+                return row, layout
+        first = first or row
+    columns = ", ".join(first)[:80]
+    raise UserError(f"{path}: the columns {columns!r} are of no known file; {known} are read")
+
+
+def _plain(title: str) -> str:
+    return re.sub(r"\s*\([^()]*\)$", "", title.strip())
+
+
+def _unit(title: str) -> str:
+    found = re.search(r"\(([^()]*)\)$", title.strip())
+    return found[1] if found and found[1] in _UNITS_US else ""
+
+
+def _number(text: str, where: str, column: str) -> float:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError as error:
+        raise UserError(f"{where}: {column} is {text[:40]!r}, which is no number; the file is torn") from error
+
+
+def _kind(name: str) -> Kind:
+    """nsys lists copies and fills among the kernels: [CUDA memcpy Host-to-Device], [CUDA memset]."""
+    if name.startswith("[CUDA mem"):
+        return Kind.fill if "memset" in name else Kind.copy
+    return Kind.kernel

@@ -1,0 +1,194 @@
+"""Sums over a trace: categories, span, idle share, stages, products, and the command."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cli import error_line, module
+
+from pi0exp import breakdown
+from pi0exp.breakdown import break_down
+from pi0exp.errors import UserError
+from pi0exp.kernel_table import CATEGORIES
+from pi0exp.replay import ORDER, RANGES
+from pi0exp.slices import Ceilings, Kind, Slice, Trace
+from pi0exp.traces import read_trace
+
+TRACES = Path(__file__).parent / "data" / "traces"
+CSV = ["nsys_cuda_gpu_trace.csv", "nsys_stdout.csv", "rocprofv3_kernel_trace.csv", "rocprof_results.csv"]
+
+
+def at(start_us: float, duration_us: float, name: str = "gemm", **more) -> Slice:
+    return Slice(name, duration_us, start_us, **more)
+
+
+def trace(*slices: Slice) -> Trace:
+    return Trace("made", list(slices))
+
+
+@pytest.mark.parametrize("name", CSV)
+def test_timeline_is_accounted_for(name):
+    found = break_down(read_trace(TRACES / name))
+    nonzero = {category: ms for category, ms in found.ms.items() if ms}
+    assert nonzero == pytest.approx(
+        {"gemm": 0.080, "attention": 0.030, "norm": 0.008, "elementwise": 0.009, "copy": 0.003}, abs=1e-6
+    )
+    # 0-40, 45-53 and 50-80, 82-84, 86-87, 90-99, 100-140: 127 of 140 us, 3 us doubly.
+    assert (found.span_ms, found.busy_ms, found.overlap_ms) == pytest.approx((0.140, 0.127, 0.003), abs=1e-6)
+    assert found.kernels_ms + found.idle_share * found.span_ms - found.overlap_ms == pytest.approx(found.span_ms)
+    assert found.launches == 7
+
+
+@pytest.mark.parametrize(
+    "name", ["nsys_cuda_gpu_kern_sum.csv", "rocprofv3_kernel_stats.csv", "rocprof_results.stats.csv"]
+)
+def test_sums_tell_no_span(name):
+    found = break_down(read_trace(TRACES / name))
+    assert found.ms["gemm"] == pytest.approx(0.080)
+    assert (found.kernels[0].count, found.kernels[0].category) == (2, "gemm")
+    assert (found.span_ms, found.busy_ms, found.overlap_ms, found.idle_share) == (None, None, None, None)
+    assert not any(metric.startswith("gpu/") and metric != "gpu/launches" for metric in found.metrics())
+
+
+def test_union_of_nested_and_touching_slices():
+    found = break_down(trace(at(0, 100), at(10, 20), at(40, 10), at(100, 5), at(95, 15)))
+    assert (found.span_ms, found.busy_ms) == pytest.approx((0.110, 0.110))
+    assert found.overlap_ms == pytest.approx(0.040)
+    assert found.idle_share == pytest.approx(0)
+
+
+def test_times_of_one_call():
+    slices = [at(100 * call + start, 10, call=call) for call in range(4) for start in (0, 20)]
+    found = break_down(trace(*slices))
+    assert (found.calls, found.launches) == (4, 2)
+    assert found.ms["gemm"] == pytest.approx(0.020)
+    assert found.span_ms == pytest.approx(0.330 / 4)  # with the gaps between the calls
+    assert found.idle_share == pytest.approx(1 - 80 / 330)
+
+
+def test_calls_may_be_given_where_the_trace_does_not_mark_them():
+    assert break_down(trace(at(0, 10), at(20, 10)), calls=2).ms["gemm"] == pytest.approx(0.010)
+    with pytest.raises(UserError, match="marks 1 calls itself"):
+        break_down(trace(at(0, 10, call=0)), calls=2)
+
+
+@pytest.mark.parametrize("name", ["kineto_h200_graph.json", "kineto_mi350_graph.json"])
+def test_stages_and_products_of_a_graph_by_the_order_of_its_kernels(name):
+    found = break_down(read_trace(TRACES / name))
+    assert found.stages_by == ORDER
+    assert {stage: round(sum(values.values()), 6) for stage, values in found.stages.items()} == {
+        "vision": 0.040,
+        "prefill": 0.030,
+        "denoise": 0.020,
+        "other": 0.005,  # copies into and out of the graph, and the fill between two stages
+    }
+    assert found.stages["prefill"]["activation"] == pytest.approx(0.006)
+    shapes = {(row.product.m, row.product.n, row.product.k): (row.count, row.ms) for row in found.products}
+    assert shapes == {
+        (16, 64, 32): (1, pytest.approx(0.040)),
+        (16, 32, 64): (1, pytest.approx(0.024)),  # with the kernel that adds up its parts
+        (16, 16, 32): (2, pytest.approx(0.020)),
+    }
+    assert found.products_ms == pytest.approx(found.ms["gemm"])
+
+
+def test_launched_calls_tell_the_same_by_ranges():
+    launched = break_down(read_trace(TRACES / "kineto_h200_launched.json"))
+    replayed = break_down(read_trace(TRACES / "kineto_h200_graph.json"))
+    assert launched.stages_by == RANGES
+    assert launched.products == replayed.products
+    assert launched.stages["vision"] == pytest.approx(replayed.stages["vision"])
+
+
+def test_stage_times_have_the_gaps_behind_them():
+    stages = ["vision", "vision", "", "denoise", "", "denoise"]
+    slices = [at(20 * i, 10, call=0, stage=stage) for i, stage in enumerate(stages)]
+    slices += [replace(one, call=1, start_us=one.start_us + 1000) for one in slices]
+    found = break_down(trace(*slices))
+    assert found.stage_ms == pytest.approx({"vision": 0.040, "prefill": 0, "denoise": 0.030, "other": 0.040})
+
+
+def test_rates_of_products_against_the_ceilings_of_the_run():
+    source = read_trace(TRACES / "kineto_h200_launched.json")
+    row = break_down(replace(source, ceilings=Ceilings(4e9, 1e15, "BFloat16"))).products[0]
+    flops = 2 * 16 * 64 * 32
+    assert row.tflop_per_s * 1e12 == pytest.approx(flops / 40e-6)
+    assert row.of_ceiling == row.of_roofline == pytest.approx(flops / 40e-6 / 4e9)
+    row = break_down(replace(source, ceilings=Ceilings(1e15, 1e9, "BFloat16"))).products[0]
+    assert row.of_roofline == pytest.approx(2 * (16 * 32 + 32 * 64 + 16 * 64) / 1e9 / 40e-6)
+    row = break_down(replace(source, ceilings=Ceilings(4e9, 1e15, "float"))).products[0]
+    assert (row.of_ceiling, row.of_roofline) == (None, None)  # measured for another type
+
+
+def test_metrics():
+    found = break_down(read_trace(TRACES / "kineto_h200_graph.json"))
+    metrics = found.metrics()
+    assert {f"kernels_ms/{name}" for name in CATEGORIES} | {f"kernels_share/{name}" for name in CATEGORIES} <= set(
+        metrics
+    )
+    assert sum(value for name, value in metrics.items() if name.startswith("kernels_share/")) == pytest.approx(1)
+    stages = sum(value for name, value in metrics.items() if name.startswith("kernels_ms_"))
+    assert stages == pytest.approx(found.kernels_ms)
+    assert metrics["gpu/launches"] == 9
+    assert metrics["gpu/idle_share"] == pytest.approx(1 - found.busy_ms / found.span_ms)
+    assert metrics["gemm/shapes_known_share"] == pytest.approx(1)
+    assert metrics["gemm/tflop_per_s"] == pytest.approx(2 * (2 * 16 * 64 * 32 + 2 * 16 * 16 * 32) / 84e-6 / 1e12)
+
+
+def test_several_gpus_are_told_apart():
+    both = trace(at(0, 10, device="0"), at(0, 30, device="1"))
+    with pytest.raises(UserError, match="kernels of 2 GPUs"):
+        break_down(both)
+    assert break_down(breakdown.chosen_device(both, "1")).ms["gemm"] == pytest.approx(0.030)
+    with pytest.raises(UserError, match="no kernel of GPU '2'"):
+        breakdown.chosen_device(both, "2")
+
+
+def test_trace_without_any_time():
+    with pytest.raises(UserError, match="no time"):
+        break_down(trace(at(0, 0)))
+
+
+def test_copies_count_whatever_they_are_called():
+    assert break_down(trace(at(0, 10, kind=Kind.copy), at(20, 10, kind=Kind.fill))).ms["copy"] == pytest.approx(0.020)
+
+
+# ---- the command
+
+
+def test_command_prints_a_card(tmp_path):
+    done = module("pi0exp.breakdown", TRACES / "kineto_h200_graph.json", "--top", 2, scratch=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Chrome trace: 2 calls" in done.stdout
+    assert "idle 12.0 %" in done.stdout
+    assert "5 more" in done.stdout
+    assert "16 x 64 x 32" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 120
+
+
+def test_command_prints_json(tmp_path, capsys):
+    assert breakdown.main([str(TRACES / "nsys_cuda_gpu_trace.csv"), "--json", "--calls", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ms"]["gemm"] == pytest.approx(0.040)
+    assert found["idle_share"] == pytest.approx(1 - 127 / 140)
+    assert found["kernels"][0]["count"] == 1
+    assert found["stages_by"].startswith("not told apart: ")
+
+
+def test_command_names_the_file_that_is_wrong(tmp_path, capsys):
+    (tmp_path / "x.json").write_text("{")
+    assert error_line(module("pi0exp.breakdown", tmp_path / "x.json", scratch=tmp_path)).startswith(
+        f"{tmp_path}/x.json"
+    )
+    assert breakdown.main([str(TRACES / "nsys_cuda_gpu_trace.csv"), "--device", "7"]) == 2
+    assert "nsys_cuda_gpu_trace.csv: holds no kernel of GPU '7'" in capsys.readouterr().err
+    assert breakdown.main([str(TRACES / "nsys_cuda_gpu_trace.csv"), "--calls", "0"]) == 2
+    assert "--calls 0: must be 1 or more" in capsys.readouterr().err
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit) as ended:
+        breakdown.main(["--help"])
+    assert ended.value.code == 0
+    assert "example: python -m pi0exp.breakdown" in capsys.readouterr().out

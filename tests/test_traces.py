@@ -1,0 +1,209 @@
+"""Files of profilers: each kind as its tool writes it, and what is missing, torn or foreign."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from pi0exp.errors import UserError
+from pi0exp.slices import Kind, Product
+from pi0exp.traces import product_of, read_trace
+
+TRACES = Path(__file__).parent / "data" / "traces"
+TIMELINES = {
+    "nsys_cuda_gpu_trace.csv": "nsys cuda_gpu_trace",
+    "nsys_stdout.csv": "nsys cuda_gpu_trace",
+    "rocprofv3_kernel_trace.csv": "rocprofv3 kernel trace",
+    "rocprof_results.csv": "rocprof",
+}
+SUMS = {
+    "nsys_cuda_gpu_kern_sum.csv": "nsys cuda_gpu_kern_sum",
+    "rocprofv3_kernel_stats.csv": "rocprof stats",
+    "rocprof_results.stats.csv": "rocprof stats",
+}
+DURATIONS_US = [40, 8, 30, 2, 1, 9, 40]
+STARTS_US = [0, 45, 50, 82, 86, 90, 100]
+"""The same seven slices stand in all CSV files."""
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        read_trace(path)
+    text = str(caught.value)
+    assert str(path) in text
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("name", TIMELINES)
+def test_timelines(name):
+    trace = read_trace(TRACES / name)
+    assert trace.format == TIMELINES[name]
+    assert [one.duration_us for one in trace.slices] == pytest.approx(DURATIONS_US, abs=1e-3)
+    starts = [one.start_us - trace.slices[0].start_us for one in trace.slices]
+    assert starts == pytest.approx(STARTS_US, abs=1e-3)
+    assert trace.timed
+    assert len({one.device for one in trace.slices}) == 1
+    assert trace.calls is None
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sums(name):
+    trace = read_trace(TRACES / name)
+    assert trace.format == SUMS[name]
+    assert not trace.timed
+    largest = trace.slices[0]
+    assert (largest.count, largest.duration_us) == (2, pytest.approx(80))
+    listed = DURATIONS_US if name.startswith("roc") else [40, 8, 30, 9, 40]  # this table of nsys has kernels only
+    assert sum(one.duration_us for one in trace.slices) == pytest.approx(sum(listed))
+
+
+def test_kinds_of_nsys():
+    kinds = [one.kind for one in read_trace(TRACES / "nsys_cuda_gpu_trace.csv").slices]
+    assert kinds == [Kind.kernel] * 3 + [Kind.copy, Kind.fill] + [Kind.kernel] * 2
+
+
+@pytest.mark.parametrize(("unit", "scale"), [("us", 1e3), ("ms", 1e6), ("s", 1e9), ("nsec", 1), ("usec", 1e3)])
+def test_units_of_nsys(tmp_path, unit, scale):
+    path = tmp_path / "sum.csv"
+    path.write_text(f"Time (%),Total Time ({unit}),Instances,Name\n100.0,{80000 / scale:.9f},2,nvjet\n")
+    assert read_trace(path).slices[0].duration_us == pytest.approx(80)
+
+
+@pytest.mark.parametrize(("vendor", "graph"), [("h200", "cudaGraphLaunch"), ("mi350", "hipGraphLaunch")])
+def test_kineto_trace_of_a_graph(vendor, graph):
+    trace = read_trace(TRACES / f"kineto_{vendor}_graph.json")
+    assert graph in trace.runtime
+    assert graph in trace.names()
+    assert trace.calls == 2
+    assert len(trace.launched) == 7
+    assert {one.stage for one in trace.launched} == {"vision", "prefill", "denoise"}
+    # A replay tells neither stages nor operations.
+    assert {one.stage for one in trace.slices} == {""}
+    assert {one.product for one in trace.slices} == {None}
+    assert [one.kind for one in trace.slices[:9]] == [
+        Kind.copy,
+        *[Kind.kernel] * 4,
+        Kind.fill,
+        *[Kind.kernel] * 2,
+        Kind.copy,
+    ]
+    assert trace.ceilings is not None
+    assert (trace.ceilings.flops_per_s, trace.ceilings.dtype) == (8e14, "BFloat16")
+
+
+def test_kineto_trace_of_launches():
+    trace = read_trace(TRACES / "kineto_h200_launched.json")
+    assert (trace.calls, trace.launched) == (2, [])
+    assert [one.stage for one in trace.slices[:7]] == ["vision", *["prefill"] * 4, *["denoise"] * 2]
+    assert [one.product for one in trace.slices[:7]] == [
+        Product(1, 16, 64, 32, "BFloat16"),
+        None,
+        Product(1, 16, 32, 64, "BFloat16"),
+        Product(1, 16, 32, 64, "BFloat16"),
+        None,
+        Product(1, 16, 16, 32, "BFloat16"),
+        Product(1, 16, 16, 32, "BFloat16"),
+    ]
+    # The two kernels of a split product are one operation.
+    assert trace.slices[2].op == trace.slices[3].op != trace.slices[5].op
+
+
+def test_compressed_and_bare_lists_are_the_same(tmp_path):
+    source = (TRACES / "kineto_h200_launched.json").read_text()
+    (tmp_path / "t.json.gz").write_bytes(gzip.compress(source.encode()))
+    (tmp_path / "misnamed.json").write_bytes(gzip.compress(source.encode()))
+    (tmp_path / "list.json").write_text(json.dumps(json.loads(source)["traceEvents"]))
+    wanted = read_trace(TRACES / "kineto_h200_launched.json")
+    assert read_trace(tmp_path / "t.json.gz") == read_trace(tmp_path / "misnamed.json") == wanted
+    assert read_trace(tmp_path / "list.json").slices == wanted.slices
+
+
+def test_without_ranges_all_slices_count(tmp_path):
+    found = json.loads((TRACES / "kineto_h200_graph.json").read_text())
+    found["traceEvents"] = [event for event in found["traceEvents"] if event.get("cat") != "user_annotation"]
+    (tmp_path / "foreign.json").write_text(json.dumps(found))
+    trace = read_trace(tmp_path / "foreign.json")
+    assert (len(trace.slices), trace.calls, trace.launched) == (7 + 2 * 9, None, [])
+
+
+def test_slices_whose_launch_is_not_recorded_belong_to_what_had_begun(tmp_path):
+    found = json.loads((TRACES / "kineto_mi350_graph.json").read_text())
+    ranges = {"pi0exp.launched": [], "pi0exp.call": []}
+    for event in found["traceEvents"]:
+        if event.get("cat") == "user_annotation" and event["name"] in ranges:
+            ranges[event["name"]].append(event["ts"])
+    slices = [event for event in found["traceEvents"] if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    for i, event in enumerate(slices):
+        del event["args"]["correlation"]
+        event["ts"] = (ranges["pi0exp.launched"][0] if i < 7 else max(ranges["pi0exp.call"])) + 0.25 * i
+    (tmp_path / "t.json").write_text(json.dumps(found))
+    trace = read_trace(tmp_path / "t.json")
+    assert len(trace.launched) == 7
+    assert [one.call for one in trace.slices] == [1] * 18
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "product"),
+    [
+        ("aten::mm", [[11, 64], [64, 32]], (1, 11, 32, 64)),
+        ("aten::addmm", [[32], [11, 64], [64, 32], []], (1, 11, 32, 64)),
+        ("aten::bmm", [[8, 11, 64], [8, 64, 32]], (8, 11, 32, 64)),
+        ("aten::baddbmm", [[8, 11, 32], [8, 11, 64], [8, 64, 32]], (8, 11, 32, 64)),
+        ("pi0exp::gemm", [[2, 11, 64], [32, 64], []], (1, 22, 32, 64)),
+        ("pi0exp::skinny_gemm", [[11, 64], [32, 64], [9]], (1, 11, 32, 64)),
+        ("aten::mm", [[11, 64], [65, 32]], None),
+        ("aten::mm", [], None),
+        ("aten::add", [[11, 64], [64, 32]], None),
+        ("pi0exp::rms_norm", [[11, 64], [64, 64]], None),
+    ],
+)
+def test_shapes_of_products(name, shapes, product):
+    found = product_of(name, {"Input Dims": shapes, "Input type": ["c10::BFloat16"] * len(shapes)})
+    assert found == (None if product is None else Product(*product, "BFloat16"))
+
+
+# ---- wrong files
+
+
+def test_missing_file_and_folder(tmp_path):
+    assert "No such file" in refused(tmp_path / "none.json")
+    assert "directory" in refused(tmp_path).lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.json", b"", "empty"),
+        ("torn.json", b'{"traceEvents": [{"ph": "X", "cat": "ker', "torn or no JSON"),
+        ("torn.json.gz", gzip.compress(b'{"traceEvents": []}' * 99)[:-20], "torn"),
+        ("other.json", b'{"metrics": {"p50": 3}}', "no Chrome trace"),
+        ("numbers.json", b"[1, 2, 3]", "no Chrome trace"),
+        ("cpu.json", b'{"traceEvents": [{"ph":"X","cat":"cpu_op","name":"a","ts":1,"dur":2}]}', "no GPU kernel"),
+        ("nodur.json", b'{"traceEvents": [{"ph":"X","cat":"kernel","name":"k","ts":1,"args":{}}]}', "dur"),
+        ("picture.png", b"\x89PNG\r\n\x1a\n\xff\xfe", "no text"),
+        ("report.nsys-rep", b"x", "nsys stats --format csv"),
+        ("results.db", b"x", "rocprofv3 --output-format csv"),
+        ("letter.csv", b"Dear sir,\nmadam\n", "no known file"),
+        ("header.csv", b'"Name","Calls","TotalDurationNs","AverageNs","Percentage"\n', "no GPU kernel"),
+        ("api.csv", b"Start (ns),Duration (ns),Name,Result,CorrID\n1,2,cudaLaunchKernel,0,1\n", "no known file"),
+        ("hip_stats.csv", b'"Name","Calls","TotalDurationNs"\nhipLaunchKernel,2,900\nhipMemcpy,1,30\n', "host calls"),
+        ("domains.csv", b'"Name","Calls","TotalDurationNs"\n"KERNEL_DISPATCH",2,900\n"HIP_API",1,30\n', "host calls"),
+        ("counters.csv", b'"Kernel_Name","Start_Timestamp","End_Timestamp","Counter_Name"\n"k",1,2,3\n', "known file"),
+        ("backwards.csv", b'"Kernel_Name","Start_Timestamp","End_Timestamp"\n"k",5,2\n', "ends before it begins"),
+        ("words.csv", b'"Kernel_Name","Start_Timestamp","End_Timestamp"\n"k",5,soon\n', "line 2"),
+    ],
+)  # fmt: skip
+def test_wrong_files_are_told_on_one_line(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    assert words in refused(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", [*TIMELINES, *SUMS])
+def test_torn_csv(tmp_path, name):
+    """Cut in the middle of the last row; what is left of the file would look like a shorter trace."""
+    text = (TRACES / name).read_text().rstrip()
+    start = text.rindex("\n")
+    (tmp_path / name).write_text(text[: start + (len(text) - start) // 3])
+    assert "torn" in refused(tmp_path / name)
