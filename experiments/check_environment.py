@@ -20,6 +20,8 @@ NEEDED = {
     "packaging": "packaging",
     "pynvml": "nvidia-ml-py",
     "rich": "rich",
+    "matplotlib": "matplotlib",
+    "psutil": "psutil",
     "pytest": "pytest",
     "pytest_timeout": "pytest-timeout",
     "xdist": "pytest-xdist",

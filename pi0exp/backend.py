@@ -15,13 +15,15 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from pi0exp.errors import UserError
 from pi0exp.machine import quiet_mlflow
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from sqlalchemy.engine import URL
 
 BUSY_S = 20.0
@@ -90,6 +92,44 @@ def prepare(url: "URL", root: Path | None) -> Path:
             _create(path, root)
     _check(url)
     return root
+
+
+@dataclass(frozen=True)
+class Database:
+    """The SQLite file under a store: path, and its device and inode when the store was opened."""
+
+    path: Path
+    identity: tuple[int, int]
+
+    @classmethod
+    def of(cls, url: "URL", client: "MlflowClient") -> Self:
+        """The file behind a client that is about to be used.
+
+        MLflow keeps connections for the life of a process. Those to a file that was deleted meanwhile would go on
+        taking results, which nobody could ever read; they are closed.
+        """
+        database = url.database or ""
+        if url.query.get("uri"):
+            database = urllib.parse.unquote(database.removeprefix("file:"))
+        found = cls(Path(database).absolute(), _identity(Path(database)))
+        if _OPENED.setdefault(found.path, found.identity) != found.identity:
+            client._tracking_client.store.engine.dispose()
+            _OPENED[found.path] = found.identity
+        return found
+
+    def check(self) -> None:
+        """Raises OSError where the file is no longer the one that was opened."""
+        if not self.path.exists() or _identity(self.path) != self.identity:
+            raise FileNotFoundError(f"{self.path} was deleted or replaced while a point was measured")
+
+
+_OPENED: dict[Path, tuple[int, int]] = {}
+"""Files that this process has connections to."""
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
 
 
 def _write_probe(folder: Path) -> None:

@@ -18,16 +18,16 @@ from pi0exp.machine import Machine, kept_environment
 from pi0exp.measure import fingerprint, target_machine
 from pi0exp.model.weights import build as build_model
 from pi0exp.option import Option
+from pi0exp.outcomes import EXPLAINED
 from pi0exp.point import experiment_of, run_params
 from pi0exp.policy import Policy
 from pi0exp.policy_subject import PolicySubject
+from pi0exp.result import Outcome
 from pi0exp.roofline import Ceilings, floor_ms
 from pi0exp.subject import StageWork, Subject, subject
 
 Rows = list[tuple[str, str]]
 """Lines of a name and a text; a line without a name goes on with the one above."""
-EXPLAINED = "explained"
-"""The outcome in the closing table of a sweep; it is none of a measurement's."""
 
 
 def explain_point(plain: dict[str, Any]) -> dict[str, Any]:
@@ -61,6 +61,7 @@ def explain_point(plain: dict[str, Any]) -> dict[str, Any]:
     told = {
         "numerics": thing.numerics.name,
         "floor_ms": sum(floor_ms(work, ceilings[0]).values()) if work and ceilings else None,
+        "settled": any(Outcome(known.record["outcome"]).settled for known in here),
         "p50_ms": next((p50 for known in here if (p50 := _p50(known)) is not None), None),
     }
     made = {"metrics": {}, "outcome": EXPLAINED, "reasons": reasons, "exit_code": 0, "params": params}

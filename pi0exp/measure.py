@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pi0exp import config, subject
+from pi0exp import causes, config, subject
 from pi0exp.errors import UnsupportedError, UserError
 from pi0exp.machine import Machine, commit, set_environment, this_machine
 from pi0exp.result import CONFIG_ERROR, Outcome, Result
@@ -132,6 +132,10 @@ def measure(plain: dict[str, Any], folder: Path | None = None) -> Result:
             return Result(Outcome.ERROR, [reason], metrics=metrics, **common)
         timed |= shares(metrics | timed)
         files |= {"roofline.svg": roofline_svg(work, ceilings.roofs, timed)}
+    progress("verify again")
+    if wrong := instance.recheck():  # what was right before the first timed call was not all the time
+        reasons = [f"after it was timed: {text}" for text in wrong]
+        return Result(Outcome.WRONG_NUMERICS, reasons, metrics=metrics, **common)
     return Result(
         Outcome.OK,
         metrics=metrics | timed,
@@ -159,7 +163,7 @@ def guarded(plain: dict[str, Any], folder: Path | None = None) -> Result:
     except Exception as error:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-        return Result(Outcome.ERROR, [reason])
+        return Result(Outcome.OOM if causes.is_memory(str(error)) else Outcome.ERROR, [reason])
 
 
 def main(arguments: list[str]) -> int:

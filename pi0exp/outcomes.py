@@ -9,6 +9,8 @@ from omegaconf import DictConfig
 
 from pi0exp.result import Outcome
 
+EXPLAINED = "explained"
+"""The outcome in the closing table of a sweep of points that are not measured; it is none of a measurement's."""
 POINTS: list[dict[str, Any]] = []
 """What the points returned: exit_code and what the closing table shows; and sweep, whether it was one of several."""
 
@@ -24,9 +26,35 @@ class Outcomes(Callback):
         from pi0exp import card, explain
 
         measured = any("run_id" in point for point in POINTS)
-        explained = any(explain.EXPLAINED in point for point in POINTS)
+        explained = any(EXPLAINED in point for point in POINTS)
         table = explain.table if explained and not measured else card.table
         card.console().print(table(POINTS))
+        if POINTS:
+            print(closing(str(config.name), POINTS, explained and not measured))
+
+
+def closing(study: str, points: list[dict[str, Any]], explained: bool) -> str:
+    """Whether a sweep is complete, or which points are missing, by their number in the table.
+
+    explained: nothing was measured now, and what counts is whether a point was before.
+    """
+    missing = [
+        f"#{i} {'not measured' if explained and point['outcome'] == EXPLAINED else point['outcome']}"
+        for i, point in enumerate(points)
+        if not settled(point)
+    ]
+    head = f"study {study}: {len(points) - len(missing)} of {len(points)} points settled"
+    if not missing:
+        return f"{head}, complete"
+    command = "a run without measure=explain" if explained else "the same command again"
+    return f"{head}; missing: {', '.join(missing)}; {command} measures only these"
+
+
+def settled(point: dict[str, Any]) -> bool:
+    """Whether a point need not be measured again; of one that is explained, whether it was measured before."""
+    if EXPLAINED in point:
+        return bool(point[EXPLAINED]["settled"])
+    return point["outcome"] in {outcome.value for outcome in Outcome if outcome.settled}
 
 
 def exit_code() -> int:

@@ -14,7 +14,7 @@ from pi0exp.card import card, console, word
 from pi0exp.errors import UserError
 from pi0exp.isolate import measure_isolated
 from pi0exp.key import point_key
-from pi0exp.load import try_folder, write_record
+from pi0exp.load import read_record, try_folder, write_record
 from pi0exp.machine import Machine, tracking_uri
 from pi0exp.measure import fingerprint, target_machine
 from pi0exp.result import Outcome, Result, record
@@ -40,6 +40,9 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
     results = None if run.track.results is None else Path(run.track.results)
     if results is not None:
         try_folder(results)
+    with interrupts.held():
+        store.spool.bring_in(lambda run_id, path: bring_in(store, run_id, path))
+        store.mark_torn(run.name)
     experiment = experiment_of(plain)
     key, name, params = point_key(experiment, machine.identity()), run_name(plain), run_params(plain, thing)
     if run.resume and (settled := store.settled(run.name, key)) is not None:
@@ -47,7 +50,7 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
             write_record(settled.record, results)
         return shown(settled.record, settled.run_id, settled=True)
 
-    with interrupts.held(), tempfile.TemporaryDirectory(prefix="pi0exp-") as scratch:
+    with interrupts.held(), store.spool.room(), tempfile.TemporaryDirectory(prefix="pi0exp-") as scratch:
         kept = Path(scratch)
         run_id = store.start(run.name, name, key, params, tags(machine, thing.numerics.name))
 
@@ -59,9 +62,12 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
                 fingerprint=result.fingerprint or fingerprint(machine),
             )
             made = record(key, run.name, params, experiment, result)
-            store.finish(run_id, made)
+            stored(store, run_id, made)
             if results is not None and result.outcome is not Outcome.INTERRUPTED:
-                write_record(made, results)
+                try:
+                    write_record(made, results)
+                except UserError as error:  # the next run of this point finds it settled, and writes it
+                    tell(f"{error}; the result is in the store only")
             return made
 
         try:
@@ -77,8 +83,42 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
             finish(Result(Outcome.ERROR, [f"{type(error).__name__}: {error}"]))
             raise
         made = finish(result)
-        store.attach(run_id, kept)
+        try:
+            store.attach(run_id, kept)
+        except UserError as error:  # of a store that was lost; the result itself waits for the next start
+            tell(f"{error}; the profiler's trace is not kept")
         return shown(made, run_id, settled=False)
+
+
+def stored(store: Store, run_id: str, made: dict[str, Any]) -> None:
+    """Log a result. Where the store was lost since the run was opened, say where the result waits for the next start.
+
+    Raises UserError where no disk takes it.
+    """
+    if made["outcome"] == Outcome.INTERRUPTED:  # no result; the run is told from its dead process too
+        try:
+            store.finish(run_id, made)
+        except UserError as error:
+            tell(f"{error}; the next start marks the run as interrupted")
+        return
+    path = store.spool.keep(run_id, made)
+    try:
+        store.finish(run_id, made)
+    except UserError as error:
+        tell(f"{error}; the result is kept in {path}, the next start brings it into the store")
+    else:
+        path.unlink(missing_ok=True)
+
+
+def bring_in(store: Store, run_id: str, path: Path) -> None:
+    """Log the result that waits in a file of the spool. Raises UserError."""
+    store.complete(run_id, read_record(path))
+    tell(f"{path} was brought into the store")
+
+
+def tell(text: str) -> None:
+    """On one line of stderr."""
+    print(f"pi0exp: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
 def experiment_of(plain: dict[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Self
 
 import torch
@@ -166,10 +166,21 @@ class PolicySubject:
                 before = after
             start = time.perf_counter()
         bound = build.bound(self.stack)
-        verdict = verify.judge(before, plain, truth, self.numerics, self.precision.model.name, failures, bound)
+        judge = partial(
+            verify.judge,
+            plain=plain,
+            truth=truth,
+            numerics=self.numerics,
+            precision=self.precision.model.name,
+            bound=bound,
+        )
+        verdict = judge(before, exact_failures=failures)
         made = self.inputs(inputs)
         facts = made.facts | {"weights": "random" if self.checkpoint is None else "checkpoint"}
-        return PolicyInstance(self, policy, verdict, startup_s, facts, made.items, self.on_device(made.items, device))
+        given = self.on_device(made.items, device)
+        return PolicyInstance(
+            self, policy, verdict, startup_s, facts, made.items, given, lambda: judge(run(policy, checks))
+        )
 
     def truth(self, checks: Sequence[DeviceInput], device: torch.device) -> list[Tensor]:
         """The actions that all others are judged by; the model that computes them is gone afterwards."""
@@ -206,7 +217,10 @@ def synchronize(device: torch.device) -> None:
 
 @dataclass
 class PolicyInstance:
-    """A built and verified policy with inputs to rotate through."""
+    """A built and verified policy with inputs to rotate through.
+
+    verify_again: the verdict over the same observations once more.
+    """
 
     subject: PolicySubject
     policy: Policy
@@ -215,6 +229,7 @@ class PolicyInstance:
     facts: dict[str, str]
     host_items: list[HostInput]
     device_items: list[DeviceInput] = field(default_factory=list)
+    verify_again: Callable[[], Verdict] = Verdict
 
     @property
     def applied(self) -> dict[str, list[str]]:
@@ -237,6 +252,9 @@ class PolicyInstance:
         if not isinstance(self.subject.stack.graphs, Capture):
             return None
         return launched_one_by_one(self.policy.watched(watch))
+
+    def recheck(self) -> list[str]:
+        return self.verify_again().wrong
 
     def call(self, index: int) -> None:
         self.policy.sample_actions(*self.device_items[index % len(self.device_items)])

@@ -87,6 +87,10 @@ class Instance(Protocol):
         """
         ...
 
+    def recheck(self) -> list[str]:
+        """After all calls: one sentence for each way in which it no longer computes the same."""
+        ...
+
     def counters(self) -> dict[str, float]: ...
     def attachments(self) -> dict[str, str]:
         """File name -> text that is kept with the result."""

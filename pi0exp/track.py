@@ -7,14 +7,16 @@ import json
 import math
 import re
 import tempfile
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from pi0exp.backend import import_mlflow, prepare, reach, told
+from pi0exp import spool
+from pi0exp.backend import Database, import_mlflow, prepare, reach, told
 from pi0exp.errors import UserError
+from pi0exp.owner import Owner, this_process
 from pi0exp.result import Outcome
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ Record = dict[str, Any]
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 """What a study may be called; it names an MLflow experiment and a folder."""
+
+RUNNING = "running"
+"""The tag `outcome` of a run that is not finished."""
 
 TAG_CHARACTERS = 4000
 """MLflow cuts at 8000 with a warning. Tags are for the table; the whole text is in result.json."""
@@ -50,11 +55,15 @@ def default_root() -> Path:
 class Store:
     """Results by study and key. Whatever goes wrong with the store itself is a UserError of one line."""
 
-    def __init__(self, client: "MlflowClient", name: str, artifacts: Path | None, own: bool) -> None:
+    def __init__(
+        self, client: "MlflowClient", name: str, artifacts: Path | None, own: bool, there: Callable[[], None]
+    ) -> None:
         self._client = client
         self._name = name
         self._artifacts = artifacts
         self._own = own
+        self._there = there
+        self.spool = spool.Spool(*spool.folders(artifacts or default_root().absolute(), name, own))
 
     @classmethod
     def open(cls, uri: str | None = None, root: Path | None = None) -> Self:
@@ -85,8 +94,11 @@ class Store:
                 reach(url)
             target = url.render_as_string(hide_password=False) if artifacts else uri
             client = MlflowClient(tracking_uri=target, registry_uri=target)
+            there = Database.of(url, client).check if artifacts else lambda: None
+            if url.get_backend_name() in ("http", "https"):
+                there = partial(reach, url)
             client.search_experiments(max_results=1)
-        return cls(client, name, artifacts, own=not uri)
+        return cls(client, name, artifacts, own=not uri, there=there)
 
     def settled(self, study: str, key: str) -> Stored | None:
         """The latest run of this point that need not be repeated, if its record is still there."""
@@ -105,7 +117,7 @@ class Store:
         """Open the run of a point before it is measured and return the run's id."""
         from mlflow.entities import Param
 
-        tags = {"key": key, "study": study, "outcome": "running", **tags}
+        tags = {"key": key, "study": study, "outcome": RUNNING, "owner": str(this_process()), **tags}
         with told(self._name):
             experiment_id = self._experiment(study)
             run = self._client.create_run(experiment_id, tags=_cut(tags), run_name=name)
@@ -114,13 +126,17 @@ class Store:
             return str(run.info.run_id)
 
     def finish(self, run_id: str, record: Record) -> None:
-        """Log what a point left behind and close its run.
+        """Log what a point left behind and close its run. Doing it again, after a part of it, makes it whole.
 
-        The outcome is written after the record: a run that says it is settled has its record.
+        The outcome is written after the record: a run that says it is settled has its record. Raises UserError where
+        the store was lost meanwhile.
         """
         from mlflow.entities import Metric, RunTag
 
-        now = int(time.time() * 1000)
+        with told(self._name):
+            self._there()
+            # Of all times the one that a second attempt has too: MLflow drops a value that it has already.
+            now = int(self._client.get_run(run_id).info.start_time)
         # SQL turns infinity into a large number, and charts leave NaN out: neither goes there, the tag names them.
         metrics = {name: float(value) for name, value in record["metrics"].items()}
         finite = [Metric(name, value, now, 0) for name, value in metrics.items() if math.isfinite(value)]
@@ -147,6 +163,54 @@ class Store:
                 self._client.log_batch(run_id, tags=chosen)
             self._client.set_tag(run_id, "outcome", outcome.value)
             self._client.set_terminated(run_id, _status(outcome))
+            self._there()
+
+    def mark_torn(self, study: str) -> int:
+        """Close the runs of a study whose process is gone, as `interrupted`; returns how many there were.
+
+        Runs of processes that still run stay as they are, and those of processes that cannot be seen from here: of
+        other hosts and other containers. A torn import goes: its file is still there.
+        """
+        torn = 0
+        for run in list(self._search(study, "attributes.status = 'RUNNING'")):
+            owner = Owner.parse(run.data.tags.get("owner", ""))
+            if owner is None or owner.alive() is not False:
+                continue
+            torn += 1
+            outcome = run.data.tags.get("outcome", RUNNING)
+            with told(self._name):
+                if outcome != RUNNING:  # killed between the last two steps
+                    self._client.set_terminated(run.info.run_id, _status(Outcome(outcome)))
+                elif run.data.tags.get("imported"):
+                    self._client.delete_run(run.info.run_id)
+                else:
+                    reason = f"process {owner.pid} on {owner.host}, which measured it, was killed or died"
+                    tags = {"torn": "true", "reasons": reason, "outcome": Outcome.INTERRUPTED.value}
+                    for name, value in tags.items():
+                        self._client.set_tag(run.info.run_id, name, value)
+                    self._client.set_terminated(run.info.run_id, _status(Outcome.INTERRUPTED))
+        return torn
+
+    def complete(self, run_id: str, record: Record) -> None:
+        """Log a result whose run was begun under this id but did not get it; in a new run if that one is gone."""
+        from mlflow import MlflowException
+
+        with told(self._name):
+            try:
+                run = self._client.get_run(run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                run = None
+        if run is None or run.info.lifecycle_stage != "active":
+            begun = next(self._search(record["study"], f"tags.spooled = '{run_id}'"), None)
+            tags = {name: str(record["fingerprint"].get(name) or "") for name in _PRINTS}
+            tags |= {"imported": "true", "spooled": run_id}
+            title = record["params"].get("stack", record["key"])
+            start = partial(self.start, record["study"], title, record["key"], record["params"], tags)
+            self.finish(begun.info.run_id if begun else start(), record)
+        elif run.data.tags.get("outcome") != record["outcome"] or run.info.status == "RUNNING":
+            self.finish(run_id, record)
 
     def attach(self, run_id: str, folder: Path) -> None:
         """Keep the files in a folder with a run, as they are, beside the texts of its record."""
@@ -174,9 +238,10 @@ class Store:
 
         name: of the run in MLflow's tables; otherwise the stack among the params, or the key where there is none.
         """
+        self.mark_torn(record["study"])
         if run_id := self.find(record):
             return run_id, False
-        tags = {name: str(record["fingerprint"].get(name, "")) for name in ("gpu", "arch", "commit", "dirty")}
+        tags = {name: str(record["fingerprint"].get(name, "")) for name in _PRINTS}
         tags = {name: value for name, value in tags.items() if value} | {"imported": "true"}
         name = name or record["params"].get("stack", record["key"])
         run_id = self.start(record["study"], name, record["key"], record["params"], tags)
@@ -230,7 +295,9 @@ class Store:
 
     def _stored(self, run: "Run") -> Stored | None:
         """None where the run has no record: it still runs, it was killed, or its files were deleted."""
-        run_id = run.info.run_id
+        run_id, tags = run.info.run_id, run.data.tags
+        if tags.get("outcome") == RUNNING or tags.get("torn"):
+            return None  # what there is may be half of it
         with told(self._name), tempfile.TemporaryDirectory() as folder:
             if "result.json" not in {file.path for file in self._client.list_artifacts(run_id)}:
                 return None
@@ -239,6 +306,10 @@ class Store:
             return Stored(run_id, json.loads(text))
         except ValueError as error:
             raise UserError(f"{self._name}: result.json of run {run_id} is torn ({error}); delete that run") from error
+
+
+_PRINTS = ("gpu", "arch", "commit", "dirty")
+"""What of a fingerprint is a tag too."""
 
 
 def _text(record: Record) -> str:

@@ -37,6 +37,9 @@ class ToyInstance:
     def launched(self, watch: Any) -> None:
         """It has no graphs."""
 
+    def recheck(self) -> list[str]:
+        return []
+
     def attachments(self) -> dict[str, str]:
         return {}
 
@@ -110,6 +113,11 @@ class Toy:
 
     def _hang(self) -> None:
         time.sleep(600)
+
+    def _wait(self) -> None:
+        """Until the test has done to the store what it wants to."""
+        while not Path(self._target()).with_name("go").exists():
+            time.sleep(0.02)
 
     def _stubborn(self) -> None:
         """Hangs, does not hear SIGTERM, and so does what it started."""
