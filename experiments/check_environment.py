@@ -22,6 +22,7 @@ NEEDED = {
     "rich": "rich",
     "matplotlib": "matplotlib",
     "psutil": "psutil",
+    "scipy": "scipy",
     "pytest": "pytest",
     "pytest_timeout": "pytest-timeout",
     "xdist": "pytest-xdist",

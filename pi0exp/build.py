@@ -44,6 +44,11 @@ def bound(stack: Stack) -> float | None:
     return sum(stated) if bounds and len(stated) == len(bounds) else None
 
 
+def process_wide(stack: Stack) -> dict[str, Option]:
+    """Group -> option, of the options that set something for the whole process: two stacks cannot differ in them."""
+    return {group: option for group, option in stack.parts() if option.holds() or option.environment()}
+
+
 def environment(stack: Stack) -> dict[str, str]:
     """Variables of the environment that the options of the stack need."""
     return {name: value for _, option in stack.parts() for name, value in option.environment().items()}

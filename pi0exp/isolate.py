@@ -28,16 +28,19 @@ CHILD = "pi0exp.measure"
 """The module that measures."""
 END_S = 15.0
 """How long the guard may take to end the child and what it started: its time for a polite end, twice, and some more."""
-_REFUSAL = "pi0exp.measure: "
-"""Starts the line in which the child says what is wrong with its input."""
 
 
 def measure_isolated(
-    plain: dict[str, Any], timeout_s: float, progress: Callable[[str], None], keep: Path | None = None
+    plain: dict[str, Any],
+    timeout_s: float,
+    progress: Callable[[str], None],
+    keep: Path | None = None,
+    module: str | None = None,
 ) -> Result:
     """The child's `Result`; a child that dies, hangs or says nothing becomes one too.
 
-    keep: a folder that receives what the child left beside its result (the profiler's trace).
+    keep: a folder that receives what the child left beside its result (the profiler's trace). module: the command that
+    reads `plain` and writes a Result; None for that which measures one point.
 
     Raises UserError where the child could not read the configuration or an input, and KeyboardInterrupt. Whatever
     happens, neither the child nor anything that it started is left, not even if this process is killed
@@ -46,9 +49,9 @@ def measure_isolated(
     with interrupts.held(), tempfile.TemporaryDirectory(prefix="pi0exp-") as scratch:
         source, target = Path(scratch, "experiment.json"), Path(scratch, "result.json")
         source.write_text(json.dumps(plain))
-        kills = causes.host_kills()
+        kills, module = causes.host_kills(), module or CHILD
         guard = subprocess.Popen(
-            [sys.executable, "-m", "pi0exp.guard", scratch, sys.executable, "-m", CHILD, str(source), str(target)],
+            [sys.executable, "-m", "pi0exp.guard", scratch, sys.executable, "-m", module, str(source), str(target)],
             stdin=subprocess.PIPE,  # the guard ends the child when this closes, which it also does when we die
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -72,7 +75,7 @@ def measure_isolated(
         text = b"".join(list(log)).decode(errors="replace")
         if code is None:
             return Result(Outcome.TIMEOUT, [f"no result after {timeout_s:g} s (measure.timeout_s)"], log=text)
-        return _result(code, target, text, host_killed=kills is not None and causes.host_kills() != kills)
+        return _result(code, target, text, module, host_killed=kills is not None and causes.host_kills() != kills)
 
 
 def _follow(stream: IO[bytes], log: deque[bytes], progress: Callable[[str], None]) -> None:
@@ -110,7 +113,7 @@ def _end(guard: subprocess.Popen[bytes]) -> None:
     guard.wait()
 
 
-def _result(code: int, target: Path, log: str, host_killed: bool) -> Result:
+def _result(code: int, target: Path, log: str, module: str, host_killed: bool) -> Result:
     """code: as subprocess tells it, negative for a signal. host_killed: whether Linux killed for want of memory."""
     outcome, reason = _death(code, log, host_killed)
     if target.exists():
@@ -127,8 +130,9 @@ def _result(code: int, target: Path, log: str, host_killed: bool) -> Result:
             # Whatever broke it may have been broken when it measured.
             return Result(outcome, [f"{reason}, after it had written that it was ok"], log=log)
         return result
-    if code == CONFIG_ERROR and (lines := [line for line in log.splitlines() if line.startswith(_REFUSAL)]):
-        raise UserError(lines[-1].removeprefix(_REFUSAL))
+    refusal = f"{module}: "  # starts the line in which the child says what is wrong with its input
+    if code == CONFIG_ERROR and (lines := [line for line in log.splitlines() if line.startswith(refusal)]):
+        raise UserError(lines[-1].removeprefix(refusal))
     return Result(outcome, [reason if code < 0 else f"{reason} and no result"], log=log)
 
 

@@ -54,7 +54,7 @@ def known_records(run: RunConfig) -> list[Known]:
 @cache
 def _stored(uri: str | None, root: Path | None, study: str) -> tuple[Known, ...]:
     """Read once, however many points of a sweep ask."""
-    if not _exists(uri, root):
+    if not store_exists(uri, root):
         return ()
     store = Store.open(uri, root)
     folders = [folder.name for folder in RESULTS.iterdir() if folder.is_dir()] if RESULTS.is_dir() else []
@@ -64,7 +64,7 @@ def _stored(uri: str | None, root: Path | None, study: str) -> tuple[Known, ...]
     )
 
 
-def _exists(uri: str | None, root: Path | None) -> bool:
+def store_exists(uri: str | None, root: Path | None) -> bool:
     """Whether there is a store; opening a file that is not there would create it."""
     if uri is None:
         return ((root or default_root()) / "mlflow.db").is_file()

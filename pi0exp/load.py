@@ -141,7 +141,7 @@ def _numbers(value: Any) -> bool:
 
 def load(paths: list[Path], uri: str | None = None, root: Path | None = None) -> None:
     """Bring result files into a store and say so, a line a file. Every file is checked before the first goes in."""
-    records = {path: read_record(path) for path in _files(paths)}
+    records = {path: read_record(path) for path in result_files(paths)}
     first: dict[tuple[str, str], Path] = {}
     for path, one in records.items():
         other = first.setdefault((one["study"], one["key"]), path)
@@ -168,7 +168,8 @@ def _named(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from error
 
 
-def _files(paths: list[Path]) -> Iterator[Path]:
+def result_files(paths: list[Path]) -> Iterator[Path]:
+    """These files, and those in these folders. Raises UserError for a folder without any."""
     for path in paths:
         if not path.is_dir():
             yield path

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -145,12 +146,15 @@ def measure(plain: dict[str, Any], folder: Path | None = None) -> Result:
     )
 
 
-def guarded(plain: dict[str, Any], folder: Path | None = None) -> Result:
+Body = Callable[[dict[str, Any], Path | None], Result]
+
+
+def guarded(plain: dict[str, Any], folder: Path | None = None, body: Body = measure) -> Result:
     """`measure`, where running out of memory and errors are results too (the parent adds machine and numerics)."""
     import torch
 
     try:
-        return measure(plain, folder)
+        return body(plain, folder)
     except torch.OutOfMemoryError as error:
         reason = (str(error).splitlines() or ["the device ran out of memory"])[0]
         return Result(Outcome.OOM, [reason])
@@ -166,21 +170,22 @@ def guarded(plain: dict[str, Any], folder: Path | None = None) -> Result:
         return Result(Outcome.OOM if causes.is_memory(str(error)) else Outcome.ERROR, [reason])
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], body: Body = measure, usage: str = __doc__, name: str = "pi0exp.measure") -> int:
+    """The command: read EXPERIMENT.json, write RESULT.json, return the exit code. Others give a body of their own."""
     if len(arguments) != 2 or {"-h", "--help"} & set(arguments):
-        print(__doc__.strip(), file=sys.stderr)
+        print(usage.strip(), file=sys.stderr)
         return CONFIG_ERROR
     source, target = map(Path, arguments)
     try:
         plain = json.loads(source.read_text())
         if not isinstance(plain, dict):
             raise UserError(f"{source}: no composed configuration, which is a JSON object")
-        result = guarded(plain, target.with_suffix(".files"))
+        result = guarded(plain, target.with_suffix(".files"), body)
         part = target.with_suffix(".part")
         part.write_text(json.dumps(result.to_dict()))
         os.replace(part, target)  # whole or not at all
     except (OSError, ValueError) as error:  # among them what JSON cannot read, and UserError
-        print(f"pi0exp.measure: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return CONFIG_ERROR
     return result.outcome.exit_code
 

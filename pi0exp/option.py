@@ -105,6 +105,10 @@ class Option:
         """Variables that libraries read at their first use; the measuring process sets them before it builds."""
         return {}
 
+    def holds(self) -> str:
+        """What it sets for the whole process and not for one policy; "" if nothing."""
+        return ""
+
     def files(self) -> list[str]:
         """Paths of the files that its settings name. What stands in them belongs to the key of a point."""
         return []

@@ -113,6 +113,30 @@ class Store:
         """All finished points of a study, the latest first; failed ones too."""
         return [stored for run in self._search(study, "") if (stored := self._stored(run))]
 
+    def run(self, run_id: str) -> Stored | None:
+        """The point that a run holds; None where there is no such run, or none that is finished."""
+        from mlflow import MlflowException
+
+        with told(self._name):
+            try:
+                found = self._client.get_run(run_id)
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return None
+                raise
+        return self._stored(found)
+
+    def studies(self) -> list[str]:
+        """The names of all studies, in the order of the alphabet."""
+        names: list[str] = []
+        token = None
+        with told(self._name):
+            while True:
+                page = self._client.search_experiments(page_token=token)
+                names += [experiment.name for experiment in page]
+                if not (token := page.token):
+                    return sorted(names)
+
     def start(self, study: str, name: str, key: str, params: dict[str, str], tags: dict[str, str]) -> str:
         """Open the run of a point before it is measured and return the run's id."""
         from mlflow.entities import Param

@@ -68,7 +68,7 @@ FAULTS = (
     _tiny("device_oom", "torch.OutOfMemoryError", "oom", "CUDA out of memory"),
     _tiny("host_oom", "no memory on the host (a real limit)", "oom", "can't allocate memory"),
     _tiny("orphan", "a process left behind in a session of its own", "ok", ""),
-    Fault("hang", "no end, deaf to SIGTERM, with a deaf process of its own", SWEEP, "timeout", "no result after", RUN, AGAIN),
+    Fault("hang", "no end, deaf to SIGTERM, with a deaf child", SWEEP, "timeout", "no result after", RUN, AGAIN),
     Fault("SIGINT", "Ctrl-C while a point is measured", PARENT, "interrupted", "stopped by Ctrl-C", SHORT, AGAIN),
     Fault("SIGTERM", "SIGTERM while a point is measured", PARENT, "interrupted", "stopped by SIGTERM", SHORT, AGAIN),
     Fault("SIGHUP", "SIGHUP while a point is measured", PARENT, "interrupted", "stopped by SIGHUP", SHORT, AGAIN),

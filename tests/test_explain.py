@@ -217,9 +217,9 @@ def test_same_point_whatever_the_protocol():
 
 
 def test_studies_of_the_repository_are_looked_into(tmp_path):
-    assert known._exists(None, tmp_path) is False
-    assert known._exists(f"sqlite:///{tmp_path}/other.db", None) is False
-    assert known._exists("http://host:5000", None) is True
+    assert known.store_exists(None, tmp_path) is False
+    assert known.store_exists(f"sqlite:///{tmp_path}/other.db", None) is False
+    assert known.store_exists("http://host:5000", None) is True
     found = known.known_records(RunConfig())
     dates = [one.date for one in found]
     assert dates == sorted(dates, reverse=True)

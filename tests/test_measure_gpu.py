@@ -9,7 +9,7 @@ import torch
 from gpu_fakes import FakeSensors
 from toy_subjects import Toy
 
-from pi0exp import ceilings, measure, passes, power, proof, subject
+from pi0exp import ceilings, gpu_time, measure, passes, power, subject
 from pi0exp.ceilings import Reached
 from pi0exp.machine import Machine
 from pi0exp.result import Outcome
@@ -53,7 +53,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     for name, value in {"is_available": True, "empty_cache": None, "reset_peak_memory_stats": None}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *given, value=value: value)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**21)
-    monkeypatch.setattr(proof, "profiled_names", lambda call, calls: [])
+    monkeypatch.setattr(gpu_time, "gpu_time", lambda *given: gpu_time.GpuTime(set(), None))
     monkeypatch.setattr(ceilings, "owner_of", lambda machine, device: {})
     monkeypatch.setattr(passes, "device_sample_ms", lambda call, index, device: sample(call, index))
     monkeypatch.setattr(passes, "warm_up", lambda *given: {"warmup/calls": 1.0, "warmup/settled": 1.0})

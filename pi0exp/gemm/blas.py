@@ -65,10 +65,6 @@ class BlasOption(StagedOption):
     Subclasses override `holds` and `switch`.
     """
 
-    def holds(self) -> str:
-        """What it sets for the whole process; "" if nothing."""
-        return ""
-
     def clashes(self, stack: Stack) -> list[str]:
         if not self.holds():
             return []

@@ -23,6 +23,9 @@ class PrecisionOption(Option):
 
     tf32: bool = False
 
+    def holds(self) -> str:
+        return "tf32=true" if self.tf32 else ""
+
     def apply(self, policy: Policy) -> None:
         allow_tf32(self.tf32)
         policy.note(

@@ -1,0 +1,214 @@
+"""What a user names on the command line of compare and export: runs, studies, result files, named stacks -> records."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pi0exp import compose, config, subject
+from pi0exp.errors import UserError
+from pi0exp.known import Known, known_records, same_point, store_exists
+from pi0exp.load import read_record, result_files
+from pi0exp.machine import tracking_uri
+from pi0exp.measure import target_machine
+from pi0exp.result import Outcome
+from pi0exp.track import Record, Store, Stored, default_root
+
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+KINDS = ("study", "stack")
+"""Prefixes, as in study=ladder, for a name that is both."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One experiment on one machine by one code, and the processes that measured it, the latest first.
+
+    Where some processes were ok, only these; otherwise the latest one.
+    """
+
+    known: tuple[Known, ...]
+
+    @property
+    def record(self) -> Record:
+        return self.known[0].record
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.record["outcome"] == Outcome.OK)
+
+    @property
+    def where(self) -> list[str]:
+        return [one.where for one in self.known]
+
+    @property
+    def name(self) -> str:
+        return name_of(self.record["params"]) or str(self.record["key"])
+
+    def values(self, metric: str) -> list[float]:
+        """One of each process that has it."""
+        return [float(one.record["metrics"][metric]) for one in self.known if metric in one.record["metrics"]]
+
+    def value(self, metric: str) -> float | None:
+        """The median of the processes."""
+        return median(found) if (found := self.values(metric)) else None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be measured, with its name and parameters as a run's."""
+
+    name: str
+    experiment: dict[str, Any]
+    params: dict[str, str]
+
+
+def name_of(params: dict[str, str]) -> str:
+    """Model, workload, and the stack's name or its options."""
+    named = params.get("stack") or " ".join(f"{group}={params[group]}" for group in config.GROUPS if group in params)
+    return " ".join(filter(None, [params.get("model"), params.get("workload"), named]))
+
+
+def open_store(uri: str | None, root: Path | None) -> Store | None:
+    """The store that is there; None where there is none, and none is created. Raises UserError if it cannot be read."""
+    uri = uri or tracking_uri()
+    return Store.open(uri, root) if store_exists(uri, root) else None
+
+
+def store_name(uri: str | None, root: Path | None) -> str:
+    return uri or tracking_uri() or str((root or default_root()) / "mlflow.db")
+
+
+def points(known: Iterable[Known]) -> list[Point]:
+    """Records, the latest first, by experiment; of each experiment those under the key of its latest record."""
+    found: dict[str, list[Known]] = {}
+    for one in known:
+        found.setdefault(_experiment(one.record), []).append(one)
+    made = []
+    for same in found.values():
+        keyed = [one for one in same if one.record["key"] == same[0].record["key"]]
+        made.append(Point(tuple([one for one in keyed if one.record["outcome"] == Outcome.OK] or keyed[:1])))
+    return made
+
+
+def _experiment(record: Record) -> str:
+    """A record's experiment, however it was measured, for comparison."""
+    return repr(_sorted(comparable(record["experiment"])))
+
+
+def _sorted(value: Any) -> Any:
+    return [(key, _sorted(value[key])) for key in sorted(value)] if isinstance(value, dict) else value
+
+
+def comparable(experiment: dict[str, Any]) -> dict[str, Any]:
+    """Without how it was measured and by which code: what makes two records the same point of two studies."""
+    kept = {name: part for name, part in experiment.items() if name not in ("measure", "plugins")}
+    return kept | {"names": {group: name for group, name in kept.get("names", {}).items() if group != "measure"}}
+
+
+@dataclass
+class Operands:
+    """Where names are looked up: a store, which may be missing, and for stacks the committed results.
+
+    words: what is composed with a named stack, such as workload=masked.
+    """
+
+    uri: str | None
+    root: Path | None
+    words: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.store = open_store(self.uri, self.root)
+
+    def find(self, text: str) -> tuple[str, list[Point]]:
+        """("study" or "point", the points) of A or B as it was given; commas join several runs or files of one point.
+
+        Raises UserError that says what would do.
+        """
+        parts = text.split(",")
+        if len(parts) == 1:
+            kind, found = self._one(text)
+        else:
+            kind, found = "point", [known for part in parts for known in self._one(part)[1]]
+        made = points(found)
+        if kind == "point" and len(made) > 1:
+            raise UserError(f"{text}: {len(made)} different points; what commas join, and a stack, must be one")
+        return kind, made
+
+    def asked(self, text: str) -> Asked:
+        """The experiment to measure again: of the record that is named, or of a named stack as it is today."""
+        if (stack := self._stack(text)) is not None:
+            return self.composed(stack)
+        kind, found = self.find(text)
+        if kind == "study" or len(found) != 1:
+            raise UserError(f"{text}: --rerun measures two points; name a run, a result file or a stack")
+        record = found[0].record
+        return Asked(name_of(record["params"]), record["experiment"], record["params"])
+
+    def composed(self, stack: str) -> Asked:
+        from pi0exp.point import experiment_of, run_params
+
+        plain = compose.from_words([f"stack={stack}", *self.words])
+        params = run_params(plain, subject.subject(plain))
+        return Asked(name_of(params), experiment_of(plain), params)
+
+    def _stack(self, text: str) -> str | None:
+        """The stack's name if `text` means a stack."""
+        kind, _, name = text.rpartition("=")
+        if kind == "stack":
+            if name not in compose.files()["stack"]:
+                raise UserError(f"{text}: no such stack; there are {', '.join(compose.files()['stack'])}")
+            return name
+        is_stack = not kind and name in compose.files()["stack"] and not Path(text).exists()
+        if is_stack and name in self._studies():
+            raise UserError(f"{text} is a study and a stack: write study={text} or stack={text}")
+        return name if is_stack else None
+
+    def runs(self, study: str) -> list[Stored]:
+        """Its finished runs, the latest first."""
+        return [] if self.store is None else self.store.runs(study)
+
+    def _studies(self) -> list[str]:
+        return [] if self.store is None else self.store.studies()
+
+    def _one(self, text: str) -> tuple[str, list[Known]]:
+        path, study = Path(text), text.removeprefix("study=")
+        if path.exists():
+            return ("study" if path.is_dir() else "point"), [_of_file(file) for file in result_files([path])]
+        if (stack := self._stack(text)) is not None:
+            return "point", self._stored_stack(stack)
+        if self.store is not None and _RUN_ID.fullmatch(text):
+            if (stored := self.store.run(text)) is None:
+                raise UserError(f"{text}: no finished run of this id in {store_name(self.uri, self.root)}")
+            return "point", [Known(f"run {text}", stored.record)]
+        if self.store is not None and study in self._studies():
+            found = [Known(f"run {stored.run_id}", stored.record) for stored in self.runs(study)]
+            if not found:
+                raise UserError(f"{text}: the study has no finished run")
+            return "study", found
+        there = ", ".join(self._studies()) if self.store is not None else "there is no store"
+        raise UserError(
+            f"{text}: no result file, no stack, and no run or study in {store_name(self.uri, self.root)} ({there})"
+        )
+
+    def _stored_stack(self, stack: str) -> list[Known]:
+        """The runs of this very stack on this GPU: of the store, and of the committed results where it has none."""
+        wanted = self.composed(stack).experiment
+        machine, _ = target_machine(config.measure(wanted).device)
+        stored = ((name, one) for name in self._studies() for one in self.runs(name))
+        local = [Known(f"study {name}, run {one.run_id}", one.record) for name, one in stored]
+        local.sort(key=lambda known: known.date, reverse=True)
+        track = config.TrackConfig(uri=self.uri, root=None if self.root is None else str(self.root))
+        run = config.RunConfig(track=track)
+        for among in (local, known_records(run)):
+            if here := [known for known in same_point(among, wanted) if known.gpu == machine.gpu]:
+                return here
+        words = " ".join([f"stack={stack}", *self.words])
+        raise UserError(
+            f"{stack}: not measured on this machine ({machine.gpu}): run `python -m pi0exp {words}`, or use --rerun"
+        )
+
+
+def _of_file(file: Path) -> Known:
+    return Known(str(file), read_record(file))

@@ -1,0 +1,190 @@
+"""Equal performance per watt:  python -m pi0exp.parity --reference h200.json --candidate mi350.json
+
+At which latency does a candidate do as many calls a second and watt as the reference?
+
+    1 / (t_cand P_cand) = 1 / (t_ref P_ref)   =>   t_cand = P_ref / P_cand * t_ref
+
+Asked twice: with rated power (700 W and 1000 W turn 32.9 ms into 23.0 ms), and with the power of the calls.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pi0exp.card import console
+from pi0exp.errors import UserError
+from pi0exp.load import read_record, result_files
+from pi0exp.operands import name_of
+from pi0exp.result import CONFIG_ERROR, Outcome
+from pi0exp.track import Record
+
+LATENCY, POWER = "latency_ms/p50", "power_w/mean"
+RATED_W = {"NVIDIA H200": 700.0, "AMD Instinct MI350X": 1000.0}
+"""Rated power of a whole module as its data sheet has it: H200 (SXM, configurable up to 700 W), MI350X (1000 W TBP)."""
+EPILOG = """examples:
+  python -m pi0exp.parity --reference h200.json --candidate mi350.json
+  python -m pi0exp.parity --reference h200.json --candidate results/ --reference-watts 700 --candidate-watts 1000
+
+Files are results as `track.results=` writes them. The latency is that of the device, p50.
+
+exit codes: 0 answered, whoever meets the target; 2 a file that cannot be read, a run that is not ok, other work, or
+power that nobody knows."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """On one basis for one candidate. margin: target / latency - 1; above 0 the candidate has more calls a watt.
+
+    reference_w, candidate_w: power. target_ms: the latency of equal performance per watt; at most that meets it.
+    """
+
+    basis: str
+    candidate: str
+    reference_w: float
+    candidate_w: float
+    target_ms: float
+    latency_ms: float
+
+    @property
+    def meets(self) -> bool:
+        return self.latency_ms <= self.target_ms
+
+    @property
+    def margin(self) -> float:
+        return self.target_ms / self.latency_ms - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"meets": self.meets, "margin": self.margin}
+
+
+def target_ms(reference_ms: float, reference_w: float, candidate_w: float) -> float:
+    """Milliseconds at which both do as many calls a second and watt."""
+    return reference_w / candidate_w * reference_ms
+
+
+def rated_w(record: Record, given: float | None) -> float | None:
+    """Watts as they were given, else of the data sheet; None where nobody knows."""
+    return given if given is not None else RATED_W.get(str(record["fingerprint"].get("gpu", "")))
+
+
+def measured_w(record: Record) -> float | None:
+    """Mean watts while the calls ran; None where the record has none."""
+    found = record["metrics"].get(POWER)
+    return float(found) if found is not None and math.isfinite(found) and found > 0 else None
+
+
+def checked(path: Path, record: Record) -> Record:
+    if record["outcome"] != Outcome.OK:
+        raise UserError(f"{path}: the run is {record['outcome']}, it has no latency to compare")
+    return record
+
+
+def work_of(record: Record) -> dict[str, str]:
+    """Model and workload: performance is only equal on equal work."""
+    asked = {name: value for name, value in record["params"].items() if name.startswith(("model", "workload"))}
+    return {name: value for name, value in asked.items() if name not in ("workload", "workload.seed")}
+
+
+def same_work(path: Path, reference: Record, candidate: Record) -> None:
+    a, b = work_of(reference), work_of(candidate)
+    if other := [f"{name} {a.get(name, '-')}, {b.get(name, '-')}" for name in {**a, **b} if a.get(name) != b.get(name)]:
+        raise UserError(f"{path}: other work than the reference: {'; '.join(sorted(other))}")
+
+
+def answers(
+    reference: Record, candidates: dict[str, Record], reference_w: float | None, candidate_w: float | None
+) -> tuple[list[Answer], list[str]]:
+    """With rated and with measured power, and a sentence for each power that nobody knows.
+
+    reference_w, candidate_w: rated power as the user gives it. Raises UserError where a candidate has no answer.
+    """
+    made, notes = [], []
+    own = {"rated": rated_w(reference, reference_w), "measured": measured_w(reference)}
+    for name, candidate in candidates.items():
+        latency = float(candidate["metrics"][LATENCY])
+        theirs = {"rated": rated_w(candidate, candidate_w), "measured": measured_w(candidate)}
+        lacking = []
+        for basis in own:
+            pair = own[basis], theirs[basis]
+            if pair[0] is None or pair[1] is None:
+                who = [one for one, power in zip(("the reference", name), pair, strict=True) if power is None]
+                lacking.append(f"{basis} power: not known of {' and of '.join(who)} ({_HINTS[basis]})")
+            else:
+                target = target_ms(float(reference["metrics"][LATENCY]), pair[0], pair[1])
+                made.append(Answer(basis, name, pair[0], pair[1], target, latency))
+        if len(lacking) == len(own):
+            raise UserError("; ".join(lacking))
+        notes += lacking
+    return made, notes
+
+
+_HINTS = {
+    "rated": "give --reference-watts and --candidate-watts",
+    "measured": f"no {POWER} in the record: rated power only",
+}
+
+
+def label(record: Record) -> str:
+    return f"{record['fingerprint'].get('gpu', '?')}: {name_of(record['params']) or record['key']}"
+
+
+def sentence(one: Answer) -> str:
+    """Who meets it, by how much."""
+    share = abs(100 * one.margin)
+    verdict = f"meets it, {share:.1f} % more calls a watt" if one.meets else f"misses it, {share:.1f} % fewer"
+    return (
+        f"{one.basis} power: {one.reference_w:.0f} W / {one.candidate_w:.0f} W -> target {one.target_ms:.2f} ms;"
+        f" {one.candidate} needs {one.latency_ms:.2f} ms: {verdict}"
+    )
+
+
+def watts(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is no number of watts above 0")
+    return value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pi0exp.parity",
+        description="The latency at which a candidate has the reference's performance per watt, and who meets it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--reference", type=Path, required=True, metavar="FILE", help="a result file")
+    parser.add_argument(
+        "--candidate", type=Path, required=True, nargs="+", metavar="FILE", help="result files, folders"
+    )
+    parser.add_argument("--reference-watts", type=watts, metavar="W", help="rated power; default: of the data sheet")
+    parser.add_argument("--candidate-watts", type=watts, metavar="W", help="rated power; default: of the data sheet")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    given = parser.parse_args(arguments)
+    try:
+        reference = checked(given.reference, read_record(given.reference))
+        candidates: dict[str, Record] = {}
+        for path in result_files(given.candidate):
+            record = checked(path, read_record(path))
+            same_work(path, reference, record)
+            name = label(record)
+            candidates[name if name not in candidates else f"{name} ({path})"] = record
+        found, notes = answers(reference, candidates, given.reference_watts, given.candidate_watts)
+    except UserError as error:
+        print(f"pi0exp: {' '.join(str(error).split())}", file=sys.stderr)
+        return CONFIG_ERROR
+    time = reference["metrics"][LATENCY]
+    if given.json:
+        own = {"label": label(reference), "latency_ms": time, POWER: measured_w(reference)}
+        print(json.dumps({"reference": own, "answers": [one.to_dict() for one in found], "notes": notes}, indent=2))
+        return 0
+    lines = [f"reference {label(reference)}: {time:.2f} ms", *map(sentence, found), *notes]
+    console().print("\n".join(lines), markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
