@@ -20,11 +20,10 @@ from pi0exp.rates import lacking
 GPU = torch.device("cuda", 0)
 H200 = Machine("NVIDIA H200", "nvidia", "sm_90", 143771, "580.1", versions={"torch": "2.11.0", "python": "3.12"})
 OWNER = {"gpu": "NVIDIA H200", "uuid": "1", "power_limit_w": 700.0}
-NOW = datetime.now(UTC)
 
 
 def rate(burst: float = 4e12, age: timedelta = timedelta(0)) -> Rate:
-    return Rate(burst, 0.8 * burst, (NOW - age).isoformat(timespec="seconds"))
+    return Rate(burst, 0.8 * burst, (datetime.now(UTC) - age).isoformat(timespec="seconds"))
 
 
 @pytest.fixture

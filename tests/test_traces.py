@@ -177,7 +177,7 @@ def test_missing_file_and_folder(tmp_path):
     [
         ("empty.json", b"", "empty"),
         ("torn.json", b'{"traceEvents": [{"ph": "X", "cat": "ker', "torn or no JSON"),
-        ("torn.json.gz", gzip.compress(b'{"traceEvents": []}' * 99)[:-20], "torn"),
+        ("torn.json.gz", gzip.compress(b'{"traceEvents": []}' * 99, mtime=0)[:-20], "torn"),
         ("other.json", b'{"metrics": {"p50": 3}}', "no Chrome trace"),
         ("numbers.json", b"[1, 2, 3]", "no Chrome trace"),
         ("cpu.json", b'{"traceEvents": [{"ph":"X","cat":"cpu_op","name":"a","ts":1,"dur":2}]}', "no GPU kernel"),
