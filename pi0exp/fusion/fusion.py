@@ -48,7 +48,8 @@ class Fusion(Option):
 
     def apply(self, policy: Policy) -> None:
         # Rewrites first: they cut plain matrices, which are merged afterwards.
-        self.rewrites.apply(policy)
+        # One matrix makes queries, keys and values, and one operation stores them: Triton's writes to two places.
+        self.rewrites.apply(policy, queries_in_room=self.qkv and not self.rope)
         if self.qkv:
             projections.merge_qkv(policy)
         if self.gate_up:
