@@ -18,7 +18,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 endif
 
-.PHONY: help demo test test-slow lint types ui install check-environment
+.PHONY: help demo test test-slow faults lint ui install check-environment
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -45,6 +45,11 @@ test: $(READY) ## The tests of every day, under 15 minutes on 2 cores
 
 test-slow: $(READY) ## Compilers, whole sweeps, installs
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m slow
+
+FAULTS := tests/test_fault_table.py tests/test_faults.py tests/test_lost_store.py tests/test_killed.py tests/test_faults_gpu.py
+faults: $(READY) ## Inject every fault, then write what came of them to docs/faults.md
+	$(RUN) -m pytest $(FAULTS) --deselect tests/test_fault_table.py::test_committed_table_is_that_of_the_suite
+	$(RUN) tests/faults.py --write docs/faults.md
 
 lint: $(READY) ## Format, lint and types, as CI checks them
 	$(RUN) -m ruff format --check .
