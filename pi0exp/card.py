@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi0exp.config import GROUPS
+from pi0exp.title import word
 
 CONSOLE_WIDTH = 100
 
@@ -96,17 +97,6 @@ def asked(params: dict[str, str]) -> list[tuple[str, str]]:
     stack = {name: value for name, value in params.items() if name.split(".")[0] in (*GROUPS, "stack")}
     rows = [("stack", " ".join(word(name, value) for name, value in stack.items()))]
     return rows + _sections({name: value for name, value in params.items() if name not in stack})
-
-
-def word(name: str, value: str) -> str:
-    """An option or a setting as on the command line, but +batch_cameras for fusion.rewrites.batch_cameras=true."""
-    rewrite = name.removeprefix("fusion.rewrites.")
-    if rewrite != name and value in _SIGNS:
-        return _SIGNS[value] + rewrite
-    return f"{name}={value}"
-
-
-_SIGNS = {"true": "+", "false": "-"}
 
 
 def _sections(params: dict[str, str]) -> list[tuple[str, str]]:

@@ -9,15 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pi0exp import compose, config, interrupts, plugins, subject
-from pi0exp.card import card, console, word
+from pi0exp import config, interrupts, plugins, subject
+from pi0exp.card import card, console
 from pi0exp.errors import UserError
+from pi0exp.exhibits import machine_tags
 from pi0exp.isolate import measure_isolated
 from pi0exp.key import point_key
 from pi0exp.load import read_record, try_folder, write_record
 from pi0exp.machine import Machine, tracking_uri
 from pi0exp.measure import fingerprint, target_machine
 from pi0exp.result import Outcome, Result, record
+from pi0exp.title import title
 from pi0exp.track import Store
 
 LABELS = ("stack", "study")
@@ -160,18 +162,11 @@ def stack_params(plain: dict[str, Any]) -> dict[str, str]:
 
 def run_name(plain: dict[str, Any]) -> str:
     """What is measured, and the stack's name if it has one, else its options and settings that are not plain."""
-    names, defaults = plain["names"], compose.defaults()
-    what = [name for group, name in names.items() if group.split(".")[0] not in (*config.GROUPS, *_UNNAMED)]
-    special = [word(name, value) for name, value in stack_params(plain).items() if defaults.get(name) != value]
-    return "  ".join([*what, names.get("stack") or " ".join(special) or "plain"])
-
-
-_UNNAMED = (*LABELS, "measure")
+    return title(stack_params(plain) | plain["names"])
 
 
 def tags(machine: Machine, numerics: str) -> dict[str, str]:
-    prints = fingerprint(machine)
-    return {name: str(prints[name]) for name in ("gpu", "arch", "commit", "dirty")} | {"numerics": numerics}
+    return machine_tags(fingerprint(machine)) | {"numerics": numerics}
 
 
 def shown(made: dict[str, Any], run_id: str, settled: bool) -> dict[str, Any]:
