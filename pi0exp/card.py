@@ -42,6 +42,7 @@ ROWS = {
     "warm_up": "warm-up",
     "median": "median",
     "clocks": "clocks",
+    "clocks_loaded": "under load",
     "processes": "others on GPU",
     "power": "power from",
     "ceilings": "ceilings",

@@ -120,7 +120,9 @@ def measure(plain: dict[str, Any], folder: Path | None = None) -> Result:
         files |= gpu.files()
         facts |= gpu.facts()
     if ceilings is not None:
-        work, own, p50 = thing.work(), thing.stack_work(), timed["latency_ms/p50"]
+        work, own = thing.work(), thing.stack_work()
+        # At a robot's pace the clocks are rested: that may be the faster one.
+        p50 = min(timed[name] for name in ("latency_ms/p50", "latency_paced_ms/p50") if name in timed)
         least = least_time(work, own, ceilings.roofs)
         if p50 < least["roofline/floor_ms"] and ceilings.reused:
             progress("below the floor: ceilings again")

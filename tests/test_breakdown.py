@@ -38,6 +38,7 @@ def test_timeline_is_accounted_for(name):
     assert (found.span_ms, found.busy_ms, found.overlap_ms) == pytest.approx((0.140, 0.127, 0.003), abs=1e-6)
     assert found.kernels_ms + found.idle_share * found.span_ms - found.overlap_ms == pytest.approx(found.span_ms)
     assert found.launches == 7
+    assert found.metrics()["gpu/accounted_share"] == pytest.approx(1 + 3 / 140)
 
 
 @pytest.mark.parametrize(
