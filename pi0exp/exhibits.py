@@ -32,6 +32,9 @@ _PASSES = {
     "latency_host_ms": ("host to host", "tab:orange"),
     "latency_paced_ms": ("at a robot's pace", "tab:green"),
 }
+PLOTTED = 30
+"""Calls from which on a plot shows more than the table. Drawing takes a fifth of a second and matplotlib's import one,
+which whoever measures almost nothing, many at a time, need not wait for."""
 _DPI = 110
 
 
@@ -86,9 +89,9 @@ _SHAPE, _RATES = (
 
 
 def figures(record: Record) -> Iterator[tuple[str, "Figure"]]:
-    """Path -> figure; none where nothing was timed."""
+    """Path -> figure; none where fewer than PLOTTED calls were timed."""
     series = {name: record["samples"][name] for name in _PASSES if record["samples"].get(name)}
-    if series:
+    if len(series.get("latency_ms", [])) >= PLOTTED:
         yield LATENCY, latency_figure(series, record["metrics"], title(record["params"]))
 
 

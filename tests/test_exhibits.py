@@ -100,12 +100,14 @@ def test_point_that_was_not_timed_has_no_tables_and_no_plots():
 
 
 def test_latency_plot_has_every_call_and_its_numbers():
-    one = point("x", samples={"latency_ms": [17.0, 17.5, 40.0], "latency_host_ms": [18.0, 19.0]})
+    times = [17.0 + i / 100 for i in range(exhibits.PLOTTED - 1)]
+    one = point("x", samples={"latency_ms": [40.0, *times], "latency_host_ms": [18.0, 19.0]})
     [(path, figure)] = exhibits.figures(one)
     assert path == exhibits.LATENCY
     calls, shares = figure.axes
-    assert [list(line.get_ydata()) for line in calls.lines] == [[17.0, 17.5, 40.0], [18.0, 19.0]], "outliers too"
-    assert list(shares.lines[0].get_ydata()) == [17.0, 17.5, 40.0]
+    assert [list(line.get_ydata()) for line in calls.lines] == [[40.0, *times], [18.0, 19.0]], "outliers too"
+    assert list(shares.lines[0].get_ydata()) == [*times, 40.0]
+    assert list(exhibits.figures(point("x", samples={"latency_ms": times}))) == [], "few calls are read in the table"
     assert [text.get_text() for text in calls.get_legend().get_texts()] == [
         "on the device, p50 17.25 ms",
         "host to host, p50 0.00 ms",
