@@ -13,6 +13,7 @@ import pytest
 import torch
 from cli import QUICK, artifact, pi0exp, processes, runs, start
 
+from pi0exp.passes import state
 from pi0exp.sensors import open_sensors
 
 pytestmark = [
@@ -43,7 +44,10 @@ class Gpu:
 
     def __init__(self) -> None:
         self.sensors = open_sensors(torch.device("cuda", 0))
-        self.before, self.free = set(self.sensors.processes()), self._free_mb()
+        self.before, self.free = self._processes(), self._free_mb()
+
+    def _processes(self) -> set[int]:
+        return set(state(self.sensors).processes)  # none where the driver tells of none, as in some containers
 
     def _free_mb(self) -> float:
         return torch.cuda.mem_get_info()[0] / 2**20  # of the whole GPU, whoever took it
@@ -52,7 +56,7 @@ class Gpu:
         return self.free - self._free_mb()
 
     def strangers(self) -> set[int]:
-        return set(self.sensors.processes()) - self.before
+        return self._processes() - self.before
 
     def wait_until_busy(self) -> None:
         end = time.monotonic() + TIMEOUT_S
