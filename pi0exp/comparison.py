@@ -203,7 +203,7 @@ def _side(side: str, result: Result) -> str:
     if not told["A"] and not told["B"]:
         return f"{result.outcome}: {'; '.join(result.reasons)}"
     own = [reason.removeprefix(f"{side}: ") for reason in told[side]]
-    return f"{result.outcome}: {'; '.join(own)}" if own else "not measured"
+    return f"{result.outcome}: {'; '.join(own)}" if own else "no result"
 
 
 def _apart(a: Record, b: Record) -> str:
