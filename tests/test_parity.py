@@ -63,7 +63,7 @@ def test_text_says_who_and_by_how_much(capsys, tmp_path, reference):
     assert code == 0
     assert lines[0].startswith("reference NVIDIA H200: tiny default ")
     assert lines[1].startswith("rated power: 700 W / 1000 W -> target 23.03 ms; AMD Instinct MI350X: tiny default ")
-    assert lines[1].endswith(" needs 20.00 ms: meets it, 15.2 % more calls a watt")
+    assert lines[1].endswith(" needs 20.00 ms: meets it, 15.1 % more calls a watt")
     assert lines[2].startswith("measured power: 650 W / 900 W -> target 23.76 ms")
     assert lines[3].endswith(" needs 30.00 ms: misses it, 23.2 % fewer")
     assert lines[4].startswith("measured power: not known of AMD Instinct MI350X")
