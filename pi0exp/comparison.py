@@ -145,7 +145,8 @@ def interleaved(a: Asked, b: Asked, result: Result, found: list[Pair], margin: f
     prefix = f"{BASELINE}/"
     beside = {name.removeprefix(prefix): value for name, value in result.metrics.items() if name.startswith(prefix)}
     own = {name: value for name, value in result.metrics.items() if not name.startswith((prefix, *_OF_BOTH))}
-    rounds = tuple(_rounds(result.samples.get(name, []), len(found)) for name in (f"{BASELINE}_{_TAKEN}", _TAKEN))
+    taken = (result.samples.get(name, []) for name in (f"{BASELINE}_{_TAKEN}", _TAKEN))
+    rounds = (_rounds(next(taken), len(found)), _rounds(next(taken), len(found)))
     rows = [
         _turns_row(name, beside.get(name), own.get(name), found, rounds, margin)
         for name in dict.fromkeys([*beside, *own])
@@ -180,7 +181,7 @@ def _rounds(samples: list[float], rounds: int) -> Floats:
 
 
 def _turns_row(
-    name: str, a: float | None, b: float | None, found: list[Pair], rounds: tuple[Floats, ...], margin: float
+    name: str, a: float | None, b: float | None, found: list[Pair], rounds: tuple[Floats, Floats], margin: float
 ) -> Row:
     """The headline by the pairs of medians, other statistics of the samples by whole rounds."""
     if a is None or b is None or min(a, b) <= 0:

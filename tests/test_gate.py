@@ -176,10 +176,13 @@ def test_nothing_is_written_over_by_a_failure(file, machine, capsys):
 
 
 def test_best_stacks_are_those_that_can_run(monkeypatch):
+    known = SimpleNamespace(from_words=lambda words: deepcopy(composed(*words)), files=compose.files)
+    monkeypatch.setattr(gate, "compose", known)
+    cpu = gate.target_machine(gate.config.Device.cpu)[0]
+    gpu = replace(cpu, gpu="NVIDIA H200", vendor="nvidia", arch="sm_90", memory_mb=140_000)
+    monkeypatch.setattr(gate, "target_machine", lambda device: (cpu, []))
     with pytest.raises(UserError, match="no stack called best can run on this machine"):
-        gate.best_stacks(["measure.device=cpu"])
-    gpu = gate.target_machine(gate.config.Device.cpu)[0]
-    gpu = replace(gpu, gpu="NVIDIA H200", vendor="nvidia", arch="sm_90", memory_mb=140_000)
+        gate.best_stacks([])
     monkeypatch.setattr(gate, "target_machine", lambda device: (gpu, []))
     assert gate.best_stacks([]) == ["fork_best", "h200_best"]
 
@@ -301,7 +304,9 @@ def judged(random, shift: float, drift: float) -> bool:
 
 def test_false_alarms_are_rarer_than_stated_and_slowdowns_are_seen(monkeypatch):
     monkeypatch.setattr(gate, "fingerprint", lambda machine: {})
-    monkeypatch.setattr(gate, "compose", SimpleNamespace(from_words=lambda words: {"measure": {"device": "cpu"}}))
+    monkeypatch.setattr(gate, "compose", SimpleNamespace(from_words=lambda words: {}))
+    monkeypatch.setattr(gate, "config", SimpleNamespace(measure=lambda plain: SimpleNamespace(device=None)))
+    monkeypatch.setattr(gate, "target_machine", lambda device: (None, []))
     random, count = np.random.default_rng(1), 500
     alarms = sum(judged(random, 0.0, drift) for drift in random.uniform(-0.01, 0.01, count))
     assert alarms <= stats.binom.ppf(0.999, count, (1 - intervals.CONFIDENCE) / 2)

@@ -1,5 +1,6 @@
 """What measures which differences a comparison finds: a planted wait is found, and nothing where there is none."""
 
+import gc
 import json
 
 import numpy as np
@@ -43,7 +44,9 @@ class Toy:
 
 
 def found(toy: Toy, count: int = 20) -> list[dict]:
-    return list(resolution.comparisons(toy, toy.sample, count, rounds=20))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "collect", lambda: 0)  # twice a comparison, which takes most of the time here
+        return list(resolution.comparisons(toy, toy.sample, count, rounds=20))
 
 
 @pytest.fixture(scope="module")
