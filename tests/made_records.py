@@ -1,5 +1,7 @@
-"""Result files as a measurement would leave them, with the noise that a test asks for, and a store of such records."""
+"""Result files as a measurement would leave them, with the noise that a test asks for, and a store of such records;
+and what the commands that read them say when they refuse."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -77,3 +79,14 @@ def store(root: Path, *records: Record) -> list[str]:
         ids.append(opened.start(one["study"], name, one["key"], one["params"], {"numerics": one["numerics"]}))
         opened.finish(ids[-1], one)
     return ids
+
+
+def refusal(capsys: Any, main: Callable[[list[str]], int], *words: object) -> str:
+    """The only line of a command that ends with exit code 2."""
+    capsys.readouterr()
+    code = main([*map(str, words)])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    [line] = err.splitlines()
+    assert line.startswith("pi0exp: ")
+    return str(line.removeprefix("pi0exp: "))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_records import keep, made, store
+from made_records import keep, made, refusal, store
 from scipy import stats
 
 from pi0exp import compare, comparison, interleave, intervals
@@ -53,11 +53,7 @@ def as_json(capsys, *words) -> dict:
 
 
 def refused(capsys, *words) -> str:
-    code, out, err = run(capsys, *words)
-    assert (code, out) == (2, "")
-    [line] = err.splitlines()
-    assert line.startswith("pi0exp: ")
-    return line.removeprefix("pi0exp: ")
+    return refusal(capsys, compare.main, *words)
 
 
 def rows(found: dict) -> dict[str, dict]:

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from made_records import made, store
+from made_records import made, refusal, store
 
 from pi0exp import export
 from pi0exp.result import Outcome
@@ -33,12 +33,7 @@ def text(capfdbinary, root, *words) -> bytes:
 
 
 def refused(capsys, *words) -> str:
-    assert export.main([*map(str, words)]) == 2
-    out, err = capsys.readouterr()
-    [line] = err.splitlines()
-    assert out == ""
-    assert line.startswith("pi0exp: ")
-    return line.removeprefix("pi0exp: ")
+    return refusal(capsys, export.main, *words)
 
 
 def test_csv_has_every_run_in_order_and_every_number(capfdbinary, root):

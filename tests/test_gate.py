@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from made_records import times
+from made_records import refusal, times
 from scipy import stats
 
 from pi0exp import baseline, compose, gate, intervals, point
@@ -63,13 +63,7 @@ def run(path, *words) -> int:
 
 
 def refused(capsys, path, *words) -> str:
-    capsys.readouterr()
-    code = run(path, *words)
-    out, err = capsys.readouterr()
-    assert (code, out) == (2, "")
-    [line] = err.splitlines()
-    assert line.startswith("pi0exp: ")
-    return line.removeprefix("pi0exp: ")
+    return refusal(capsys, gate.main, "--baseline", path, *words)
 
 
 def test_update_writes_what_was_measured(file):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from made_records import keep
+from made_records import keep, refusal
 
 from pi0exp import parity
 from pi0exp.result import Outcome
@@ -24,11 +24,7 @@ def answers(capsys, *words) -> list[dict]:
 
 
 def refused(capsys, *words) -> str:
-    code, out, err = run(capsys, *words)
-    assert (code, out) == (2, "")
-    [line] = err.splitlines()
-    assert line.startswith("pi0exp: ")
-    return line.removeprefix("pi0exp: ")
+    return refusal(capsys, parity.main, *words)
 
 
 def file(folder, gpu, p50_ms, *words, power_w=None, **more):
