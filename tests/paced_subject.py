@@ -28,6 +28,12 @@ class PacedInstance:
     def call_host(self, index: int) -> None:
         self.call(index)
 
+    def watched(self, watch: Any) -> None:
+        """It has no stages."""
+
+    def launched(self, watch: Any) -> None:
+        """It has no graphs."""
+
     def recheck(self) -> list[str]:
         return ["it changed meanwhile"] if self.changes else []
 

@@ -4,10 +4,12 @@ import json
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from cli import QUICK, runs
 from made_records import refusal, times
 from scipy import stats
 
@@ -310,10 +312,6 @@ def test_false_alarms_are_rarer_than_stated_and_slowdowns_are_seen(monkeypatch):
 @pytest.mark.slow
 def test_whole_children(tmp_path, capsys, monkeypatch):
     """Update, pass, and fail: a subject that has become slower. The store holds the runs as study gate."""
-    from pathlib import Path
-
-    from cli import QUICK, runs
-
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     quick = [word for word in QUICK if not word.startswith("model=")]
     toy = ["subject._target_=paced_subject.Paced", *quick, "measure.samples=30"]
