@@ -8,6 +8,7 @@ options is ever typed by hand:
     card STUDY/KEY      the card of one point
     kernels FILE        experiments/times/FILE.json, which `python -m pi0exp.kernels.bench --json` writes
     rewrites FILE       the same, which `python experiments/rewrites.py` writes
+    resolution FILE     the same, which `python experiments/resolution.py` writes
     attention FILE      the same, which `python experiments/sweeps/attention.py` writes; gemm and norms alike
     chain FILE          the same, which `python experiments/skinny_chain.py` writes
     conf TABLE          what conf/ holds: options, stacks, inputs, switches
@@ -33,6 +34,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "card": points.point_card,
     "kernels": benches.kernels,
     "rewrites": benches.rewrites,
+    "resolution": benches.resolution,
     "attention": sweeps.attention,
     "gemm": sweeps.gemm,
     "norms": sweeps.norms,

@@ -77,13 +77,15 @@ def check_pair(a: subject.Subject, b: subject.Subject) -> None:
 
 
 def measure_pair(plain: dict[str, Any], folder: Path | None = None) -> Result:
-    """Build both, verify both, let them take turns, and on a GPU prove both. The first that fails is the outcome.
+    """Build both, verify both, let them take turns, on a GPU prove both, verify both again. The first that fails is the
+    outcome.
 
     No files are left in `folder`.
     """
     import torch
 
     from pi0exp.gpu_time import gpu_time
+    from pi0exp.passes import gpu_sensors, state, told
     from pi0exp.proof import unproven
     from pi0exp.timing import device_sample_ms, quiet, summary, warm_up
 
@@ -119,6 +121,8 @@ def measure_pair(plain: dict[str, Any], folder: Path | None = None) -> Result:
         progress(f"{side}: warm up")
         warm[side] = warm_up(instance.call, device, settings)
     progress(f"A B B A, {rounds} rounds of {settings.inputs} calls a block")
+    sensors, facts = gpu_sensors(device)
+    before = None if sensors is None else state(sensors)
     with quiet():
         times = interleave(
             a.call,
@@ -129,12 +133,20 @@ def measure_pair(plain: dict[str, Any], folder: Path | None = None) -> Result:
             settings.samples_max_s,
         )
     metrics = {}
+    if sensors is not None and before is not None:
+        metrics, facts = told(before, state(sensors))
     if machine.has_gpu:
         metrics["memory_mb/peak"] = torch.cuda.max_memory_allocated(device) / 2**20
         for side, thing, instance in zip("AB", things, instances, strict=True):
             progress(f"{side}: profile")
             if reasons := unproven(thing.proofs(), gpu_time(instance, settings, None, None).names):
                 return Result(Outcome.UNPROVEN, [f"{side}: {reason}" for reason in reasons], **common)
+
+    progress("verify again")
+    for side, instance in zip("AB", instances, strict=True):
+        if wrong := instance.recheck():
+            reasons = [f"{side}: after it was timed: {reason}" for reason in wrong]
+            return Result(Outcome.WRONG_NUMERICS, reasons, **common)
 
     own, beside = (
         instance.verdict.metrics | warm[side] | summary(taken)
@@ -146,7 +158,7 @@ def measure_pair(plain: dict[str, Any], folder: Path | None = None) -> Result:
         metrics=metrics | {"rounds/calls_a_block": float(settings.inputs)},
         samples={"latency_ms": times[1], f"{BASELINE}_latency_ms": times[0]},
         applied=b.applied | {f"{BASELINE}.{group}": lines for group, lines in a.applied.items()},
-        facts=b.facts,
+        facts=b.facts | facts,
         **common,
     )
 

@@ -40,10 +40,11 @@ TAG_CHARACTERS = 4000
 
 @dataclass(frozen=True)
 class Stored:
-    """A point that was found in the store."""
+    """A point that was found in the store. started: when its run was opened, in milliseconds since 1970."""
 
     run_id: str
     record: Record
+    started: int = 0
 
 
 def default_root() -> Path:
@@ -318,7 +319,7 @@ class Store:
                 return None
             text = Path(self._client.download_artifacts(run_id, "result.json", folder)).read_text()
         try:
-            return Stored(run_id, json.loads(text))
+            return Stored(run_id, json.loads(text), int(run.info.start_time))
         except ValueError as error:
             raise UserError(f"{self._name}: result.json of run {run_id} is torn ({error}); delete that run") from error
 
