@@ -1,0 +1,107 @@
+"""A study as the report knows it: its question, how to ask it again, the order of its points, how they are shown.
+
+A study is a yaml of `experiments/study/`; its question is the comment at its head. Points that were run by hand under
+a name have `experiments/results/NAME/about.yaml` instead: question, commands, report. A name that has neither has no
+question, and is shown all the same.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pi0exp import compose, config
+from pi0exp.config import ReportConfig
+from pi0exp.errors import UserError
+from pi0exp.known import RESULTS
+from pi0exp.report.plots import PLOTS
+
+ABOUT = "about.yaml"
+BASELINES, ORDERS = ("first", "best", "none"), ("sweep", "latency")
+
+
+@dataclass(frozen=True)
+class Study:
+    """question: ends with `?`; "" where nobody asked one. commands: how to measure it.
+
+    sweep: parameter -> its values, in the order in which they are swept; the first parameter varies slowest.
+    """
+
+    name: str
+    question: str = ""
+    commands: tuple[str, ...] = ()
+    report: ReportConfig = field(default_factory=ReportConfig)
+    sweep: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class About:
+    """The form of about.yaml."""
+
+    question: str
+    commands: list[str]
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def study(name: str, results: Path = RESULTS) -> Study:
+    """Raises UserError, with the file, for one that cannot be read."""
+    if file := compose.files()["study"].get(name):
+        return of_yaml(name, file)
+    about = results / name / ABOUT
+    if not about.is_file():
+        return Study(name)
+    found = config.typed(About, _read(about), f"{about.parent.name}/{ABOUT}")
+    return Study(name, found.question, tuple(found.commands), checked(found.report, str(about)))
+
+
+def of_yaml(name: str, file: Path) -> Study:
+    body = _read(file)
+    swept = ((body.get("hydra") or {}).get("sweeper") or {}).get("params") or {}
+    with compose.session():
+        sweep = {str(key): compose.swept(f"{key}={value}") for key, value in swept.items()}
+    command = f"python -m pi0exp study={name} track.results=experiments/results"
+    return Study(name, question(file), (command,), checked(body.get("report") or {}, str(file)), sweep)
+
+
+def question(file: Path) -> str:
+    """The comment at the head of a study, up to its first question mark."""
+    lines = (line.strip() for line in file.read_text().splitlines())
+    text = ""
+    for line in (line for line in lines if not line.startswith("# @package")):
+        if not line.startswith("#"):
+            break
+        text = f"{text} {line.removeprefix('#').strip()}".strip()
+    head, mark, _ = text.partition("?")
+    return head + mark if mark else ""
+
+
+def checked(section: Any, file: str) -> ReportConfig:
+    """The section `report` with words that are known. Raises UserError."""
+    try:
+        found = config.report({"report": section})
+        for name, value, allowed in (
+            ("baseline", [found.baseline], BASELINES),
+            ("order", [found.order], ORDERS),
+            ("plots", found.plots, tuple(PLOTS)),
+        ):
+            if wrong := [one for one in value if one not in allowed]:
+                raise UserError(f"report.{name}: {wrong[0]!r} is none of {', '.join(allowed)}")
+        if "curve" in found.plots and found.x is None:
+            raise UserError("report.x is null; a curve needs the parameter along which it goes")
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    return found
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        body = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of the YAML parser, whose errors have no common base but this
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from error
+    if not isinstance(body, dict):
+        raise UserError(f"{file}: holds no settings")
+    return {str(key): value for key, value in body.items()}
