@@ -142,7 +142,7 @@ def check_study(hydra_node: Any) -> None:
     if "study" not in choices(hydra_node) or not stacks:
         return
     given = overridden(hydra_node)
-    keys = sorted({key for stack in swept(f"stack={stacks}") for key in _stack_keys(stack)})
+    keys = sorted({key for stack in _swept(f"stack={stacks}") for key in _stack_keys(stack)})
     for mine in given:
         if theirs := next((key for key in keys if _overlap(mine, key)), None):
             raise UserError(
@@ -151,7 +151,7 @@ def check_study(hydra_node: Any) -> None:
             )
 
 
-def swept(override: str) -> list[str]:
+def _swept(override: str) -> list[str]:
     """The values that a sweep gives a key: `stack=a,b`, `stack=choice(a,b)` or `stack=glob(*)`."""
     (parsed,) = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides([override])
     return list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [str(parsed.value())]

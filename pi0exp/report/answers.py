@@ -186,14 +186,24 @@ def fidelity(config: ReportConfig, found: Sequence[Facet]) -> str:
         text = f"{len(same)} of {len(rows)} keep to the bound of plain PyTorch's own error"
         if same:
             worst = max(same, key=lambda row: row_value(row, "error/rel_l2"))
-            text += f", the largest being {row_value(worst, 'error/rel_l2'):.1e} (`{worst.label}`)"
+            text += f", the largest being {row_value(worst, 'error/rel_l2'):.1e}{_named(worst)}"
         if others := [row for row in rows if row.approximate]:
             far = max(others, key=lambda row: row_value(row, "error/rel_l2"))
-            text += f"; {len(others)} compute other actions, with up to {row_value(far, 'error/rel_l2'):.1e} "
-            text += f"(`{far.label}`)"
+            verb = "computes" if len(others) == 1 else "compute"
+            text += (
+                f"; {len(others)} {verb} other actions, up to {row_value(far, 'error/rel_l2'):.1e} away{_named(far)}"
+            )
         return text
 
     return _each(found, sentence)
+
+
+def _named(row: Row) -> str:
+    """Its name in brackets, if it is one that can be read in a sentence."""
+    return f" (`{row.label}`)" if len(row.label) <= _READABLE else ""
+
+
+_READABLE = 40
 
 
 def none(config: ReportConfig, found: Sequence[Facet]) -> str:

@@ -34,11 +34,15 @@ class Axis:
         return [float(one) for one in found if self.low - edge <= one <= self.high + edge]
 
 
+_LEAST_LOG = 4.0
+"""A logarithmic axis ends at so many times its start, or more: less has no ticks worth the name."""
+
+
 def axis(values: Sequence[float], log: bool = False, zero: bool = False) -> Axis:
     """An axis that holds these values with some air. zero: from 0 on."""
     low, high = min(values), max(values)
     if log:
-        air = max((high / low) ** 0.08, 1.15)
+        air = max((high / low) ** 0.08, 1.15, math.sqrt(_LEAST_LOG * low / high))
         return Axis(low / air, high * air, log=True)
     if zero:
         return Axis(0.0, (high or 1.0) * 1.08)
@@ -112,19 +116,20 @@ class Frame:
         """Names (x and y in pixels) beside their points where there is room for all; else numbers, and a key below."""
         for x, y, _ in points:
             self.occupy(x, y)
-        places = None if self.canvas.narrow else self._places(points)
+        places = None if self.canvas.narrow else self.places(points)
         if places is None:
             numbers = [(x, y, str(i)) for i, (x, y, _) in enumerate(points, 1)]
-            places = self._places(numbers, SMALL)
+            places = self.places(numbers)
             self.key([f"{i}  {text}" for i, (_, _, text) in enumerate(points, 1)])
         else:
             numbers = list(points)
         for (x, y), (px, py, text) in zip(places or [(x + 7, y - 5) for x, y, _ in numbers], numbers, strict=True):
-            if abs(x - px) > 14 or abs(y - py) > 14:
-                self.canvas.line(px, py, x, y - 4, MUTED, 0.8)
+            near = min(max(px, x), x + width_of(text, SMALL)), y + 2 if py > y else y - SMALL + 2
+            if math.dist(near, (px, py)) > 14:
+                self.canvas.line(px, py, *near, MUTED, 0.8)
             self.canvas.text(x, y, text, SMALL)
 
-    def _places(
+    def places(
         self, points: Sequence[tuple[float, float, str]], size: float = SMALL
     ) -> list[tuple[float, float]] | None:
         """Base lines of the names, tried around each point and further away; None where one finds no room."""

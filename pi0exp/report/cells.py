@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pi0exp.experiments.tables.points import error
+from pi0exp.experiments.tables.points import NO_ERROR, error
 from pi0exp.report.rows import P50, Facet, Row
 
 _TITLES = {
@@ -37,6 +37,8 @@ _TITLES = {
 _MICRO_MS = 0.5
 """A table whose slowest latency is below is in microseconds."""
 ABSENT = "-"
+_NO_NUMBER = 1 / NO_ERROR
+"""Ratios to an error of 0 in older records."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,9 @@ def scale_of(rows: Sequence[Row]) -> tuple[float, str]:
 
 
 def time_text(ms: float, scale: tuple[float, str]) -> str:
-    """Without its unit. Two decimals, three below one."""
+    """Without its unit. Two decimals, three below a tenth."""
     value = ms * scale[0]
-    return f"{value:.2f}" if abs(value) >= 1 or value == 0 else f"{value:.3f}"
+    return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3f}"
 
 
 def number(value: float) -> str:
@@ -102,8 +104,9 @@ def columns(facet: Facet, metrics: Sequence[str]) -> list[Column]:
             made.append(_texts("95 %", rows, lambda row: _interval(row, scale), number=True))
     if P50 in metrics and facet.baseline is not None and len(facet.ok) > 1:
         made.append(_texts("speed-up", rows, lambda row: _ratio(facet, row), number=True))
-    if any(remarks(row) for row in rows):
-        made.append(_texts("remarks", rows, lambda row: "; ".join(remarks(row)) or ABSENT))
+    alike = all(row.quick for row in rows)
+    if any(remarks(row, alike) for row in rows):
+        made.append(_texts("remarks", rows, lambda row: "; ".join(remarks(row, alike)) or ABSENT))
     return made
 
 
@@ -124,7 +127,7 @@ def _metric(metric: str, rows: Sequence[Row], scale: tuple[float, str]) -> Colum
         if metric == P50 and not row.ok:
             return str(row.record["outcome"])
         value = row.metric(metric)
-        return ABSENT if value is None else text_of(metric, value, scale)
+        return ABSENT if value is None or value > _NO_NUMBER else text_of(metric, value, scale)
 
     return Column(name, [cell(row) for row in rows])
 
@@ -144,12 +147,15 @@ _DOUBTS = {"warm_up": "warm-up", "median": "median", "clocks": "clocks", "proces
 """Facts that qualify the times: name -> words before them."""
 
 
-def remarks(row: Row) -> list[str]:
-    """What one must know to read the row: why it failed, that it computes something else, how it was measured."""
+def remarks(row: Row, alike: bool = False) -> list[str]:
+    """What one must know to read the row: why it failed, that it computes something else, how it was measured.
+
+    alike: all rows are quick, which is said of the whole.
+    """
     found = [] if row.ok else [f"{row.record['outcome']}: {' '.join('; '.join(row.record['reasons']).split())}"]
     if row.ok and row.approximate:
         found.append("other actions: not ranked")
-    if row.ok and row.quick:
+    if row.ok and row.quick and not alike:
         found.append(f"quick form, {row.calls} calls")
     facts = row.record["facts"]
     return found + [f"{words} {facts[name]}" for name, words in _DOUBTS.items() if facts.get(name)]

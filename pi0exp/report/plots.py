@@ -1,7 +1,7 @@
 """The plots that a study may name in `report.plots`: each makes pictures of facets, or says why there is none."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from pi0exp import subject
@@ -41,19 +41,23 @@ def _each(
     """A picture a facet; one reason for all facets without one."""
     made, without = [], []
     for facet in found:
+        if len(facet.rows) == 1 and len(found) > 1:
+            continue  # its table says it all
         if facet.ok and usable(facet):
             made.append(Plot(" · ".join(filter(None, [what, facet.title])), caption, partial(draw, facet=facet)))
         else:
             without.append(facet.title)
-    if without and found:
+    if without:
         named = "" if len(without) == len(found) else f" ({', '.join(filter(None, without))})"
         made.append(Plot(f"{what}{named}", "", reason=lacking))
     return made
 
 
 INTERVALS = (
-    "Whiskers: 95 % confidence interval of the median. Dashed outline and ≈: computes other actions, not ranked."
+    "Whiskers: 95 % confidence interval of the median. Hollow and ≈: computes other actions, not ranked. A bar with a "
+    "gap is cut short; its number is whole."
 )
+SPOTS = "Whiskers: 95 % confidence interval of the median. Hollow: computes other actions, not ranked."
 NO_LATENCY = "nothing to draw: no point has a latency"
 
 
@@ -87,7 +91,7 @@ def kernels(config: ReportConfig, found: Sequence[Facet]) -> list[Plot]:
 
 
 def power(config: ReportConfig, found: Sequence[Facet]) -> list[Plot]:
-    caption = f"Points below the dashed line take less energy a call. {INTERVALS}"
+    caption = f"Points below the dashed line take less energy a call. {SPOTS}"
     return _each(
         "Latency and power",
         caption,
@@ -99,7 +103,7 @@ def power(config: ReportConfig, found: Sequence[Facet]) -> list[Plot]:
 
 
 def pareto(config: ReportConfig, found: Sequence[Facet]) -> list[Plot]:
-    caption = f"The line joins the points that none beats in both latency and error. {INTERVALS}"
+    caption = f"The line joins the points that none beats in both latency and error. {SPOTS}"
     return _each(
         "Fidelity and latency",
         caption,
@@ -178,4 +182,7 @@ PLOTS: dict[str, Callable[[ReportConfig, Sequence[Facet]], list[Plot]]] = {
 
 
 def plots(config: ReportConfig, found: Sequence[Facet]) -> list[Plot]:
-    return [one for name in config.plots for one in PLOTS[name](config, found)]
+    """Of several with one caption only the last keeps it."""
+    made = [one for name in config.plots for one in PLOTS[name](config, found)]
+    after = [one.caption for one in made[1:]] + [""]
+    return [replace(one, caption="") if one.caption == below else one for one, below in zip(made, after, strict=True)]

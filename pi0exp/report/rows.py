@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -131,13 +131,14 @@ def latest(records: Iterable[Record]) -> list[Record]:
 def facets(study: "Study", records: Iterable[Record]) -> list[Facet]:
     """The records of one study on one machine."""
     config, parts = study.report, dict[tuple[str, ...], list[Record]]()
+    varied = _varied(study)
     kept = sorted(latest(records), key=lambda record: _order(study, record))
     for record in kept:
-        parts.setdefault(tuple(shown(record, name) for name in config.facet), []).append(record)
+        parts.setdefault(tuple(shown(record, name, varied) for name in config.facet), []).append(record)
     made = []
     for values, members in parts.items():
         title = ", ".join(_titled(name, value) for name, value in zip(config.facet, values, strict=True))
-        rows = labelled(members, [name for name in config.label if name not in config.facet])
+        rows = labelled(members, [name for name in config.label if name not in config.facet], varied)
         one = Facet(title, tuple(rows))
         first = next((row for row in rows if row.ranked), None) or next(iter(one.ok), None)
         baseline = {"first": first, "best": one.best, "none": None}[config.baseline]
@@ -146,23 +147,42 @@ def facets(study: "Study", records: Iterable[Record]) -> list[Facet]:
 
 
 def _order(study: "Study", record: Record) -> tuple[Any, ...]:
-    """As swept, if it was; otherwise the slowest first. Facets come in the order of their first rows."""
-    params, places = record["params"], []
-    if study.report.order == "sweep":
-        for name, values in study.sweep.items():
-            value = params.get(name, "")
-            places.append(values.index(value) if value in values else len(values))
-    named = [shown(record, name) for name in study.report.facet]
-    return *places, named, -record["metrics"].get(P50, 0.0), record["key"]
+    """As planned, if it was; otherwise the slowest first. Facets come in the order of their first rows."""
+    place = _place(study.planned, record["params"]) if study.report.order == "sweep" else 0
+    named = [shown(record, name, _varied(study)) for name in study.report.facet]
+    return place, named, -record["metrics"].get(P50, 0.0), record["key"]
 
 
-def shown(record: Record, name: str) -> str:
-    """The value of a parameter for a reader; "-" where the point has none."""
+def _varied(study: "Study") -> frozenset[str]:
+    """Parameters that have a place of their own: they are no part of what a model or workload is called."""
+    config = study.report
+    swept = (name for words in study.planned for name in words)
+    return frozenset([*config.label, *config.series, *filter(None, [config.x]), *swept])
+
+
+def _place(planned: Sequence[dict[str, str]], params: dict[str, str]) -> int:
+    """Which of the planned points this is: of those that nothing speaks against the one with the most words.
+
+    A parameter that a point does not have is as in its file, which a word may say, too.
+    """
+    best, found = -1, len(planned)
+    for i, words in enumerate(planned):
+        if all(params.get(name, value) == value for name, value in words.items()) and len(words) > best:
+            best, found = len(words), i
+    return found
+
+
+def shown(record: Record, name: str, varied: Container[str] = ()) -> str:
+    """The value of a parameter for a reader; "-" where the point has none.
+
+    A model or workload with what is not as in its file, less what is `varied`.
+    """
     params = record["params"]
     if name == OPTIONS:
         return options(params)
     if name in ("model", "workload") and params.get(name) in compose.files()[name]:
-        return " ".join([params[name], *changes(record, name)])
+        changed = (one for one in changes(record, name) if f"{name}.{one.partition('=')[0]}" not in varied)
+        return " ".join([params[name], *changed])
     return str(params.get(name, params.get(name.partition(".")[0], "-") if name.startswith(GROUPS) else "-"))
 
 
@@ -174,10 +194,10 @@ def _titled(name: str, value: str) -> str:
     return value if name in ("model", "workload", "stack", OPTIONS) else f"{name} {value}"
 
 
-def labelled(records: Sequence[Record], label: Sequence[str]) -> list[Row]:
+def labelled(records: Sequence[Record], label: Sequence[str], varied: Container[str] = ()) -> list[Row]:
     """Rows with the texts of these parameters, or of the options; what else differs between equals is added."""
     names = list(label) or [OPTIONS]
-    texts = [tuple(shown(record, name) for name in names) for record in records]
+    texts = [tuple(shown(record, name, varied) for name in names) for record in records]
     counts = Counter(texts)
     rows = []
     for record, text in zip(records, texts, strict=True):

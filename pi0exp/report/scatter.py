@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pi0exp.report.axes import Frame, axis
+from pi0exp.report.axes import Axis, Frame, axis
 from pi0exp.report.cells import is_ms, is_share, scale_of, title
 from pi0exp.report.rows import Facet, Row
-from pi0exp.report.svg import BLUE, COLOURS, GREY, INK, MUTED, SMALL, VERMILLION, Canvas, fitted, width_of
+from pi0exp.report.svg import BLUE, COLOURS, GREY, INK, MUTED, SMALL, VERMILLION, Canvas, fitted
 from pi0exp.roofline import Ceilings, Rooflines
 from pi0exp.roofline_plot import placed, roof
 from pi0exp.subject import StageWork
@@ -21,11 +21,11 @@ def power(canvas: Canvas, facet: Facet) -> None:
     rows = [row for row in facet.ok if row.metric(WATTS)]
     scale, unit = scale_of(rows)
     times, watts = [row.p50 * scale for row in rows], [row.metric(WATTS) or 0.0 for row in rows]
-    frame = Frame(canvas, axis(times), axis(watts))
+    frame = Frame(canvas, _times(times), axis(watts))
     frame.draw(f"latency p50, {unit}", "mean power, W")
     base = facet.baseline if facet.baseline in rows else rows[0]
     energy = (base.metric(WATTS) or 0.0) * base.p50 * scale
-    along = np.linspace(frame.x_axis.low, frame.x_axis.high, 200)
+    along = np.geomspace(max(frame.x_axis.low, 1e-3 * frame.x_axis.high), frame.x_axis.high, 300)
     line = [(frame.x(x), frame.y(energy / x)) for x in along if x > 0 and frame.inside(x, energy / x)]
     canvas.path(line, VERMILLION, 1.6, "6 4")
     for row, x, y in zip(rows, times, watts, strict=True):
@@ -35,6 +35,11 @@ def power(canvas: Canvas, facet: Facet) -> None:
     frame.key([f"parity: as many joules a call as {base.label}"], [VERMILLION])
 
 
+def _times(values: Sequence[float]) -> Axis:
+    """Logarithmic where eager PyTorch would push all others into a corner."""
+    return axis(values, log=max(values) > 4 * min(values))
+
+
 def pareto(canvas: Canvas, facet: Facet) -> None:
     """Error against latency. The line joins the points that no other one beats in both; hollow: other actions."""
     rows = [row for row in facet.ok if (row.metric(ERROR) or 0.0) > 0]
@@ -42,7 +47,7 @@ def pareto(canvas: Canvas, facet: Facet) -> None:
     errors = [row.metric(ERROR) or 0.0 for row in rows]
     plain = _plain_error(rows)
     frame = Frame(
-        canvas, axis([row.p50 * scale for row in rows]), axis([*errors, *([plain] if plain else [])], log=True)
+        canvas, _times([row.p50 * scale for row in rows]), axis([*errors, *([plain] if plain else [])], log=True)
     )
     frame.draw(f"latency p50, {unit}", "error of the actions, relative L2")
     if plain:
@@ -65,9 +70,9 @@ def _plain_error(rows: Sequence[Row]) -> float | None:
 
 
 def front(rows: Sequence[Row]) -> list[Row]:
-    """Those that no other row beats in latency and error, fastest first."""
+    """Those that no other row beats in latency and error, fastest first. What computes other actions is not asked."""
     kept: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row.p50, row.metric(ERROR) or 0.0)):
+    for row in sorted((row for row in rows if row.ranked), key=lambda row: (row.p50, row.metric(ERROR) or 0.0)):
         if not kept or (row.metric(ERROR) or 0.0) < (kept[-1].metric(ERROR) or 0.0):
             kept.append(row)
     return kept
@@ -146,15 +151,13 @@ def roofline(canvas: Canvas, found: Sequence[tuple[str, list[StageWork], Rooflin
         told = f"{name}, {stage}: {y / 1e12:.1f} TFLOP/s"
         canvas.dot(frame.x(x), frame.y(y / 1e12), colours[name], told, radius=6 if stage == "call" else 4.5)
         frame.occupy(frame.x(x), frame.y(y / 1e12))
-    for stage in dict.fromkeys(stage for _, stage, _, _ in points):
-        where = [(frame.x(x), frame.y(y / 1e12)) for _, one, x, y in points if one == stage]
-        x, y = max(where, key=lambda place: place[1])
-        half = width_of(stage, SMALL) / 2
-        x = min(max(x, frame.left + half + 2), frame.right - half)
-        canvas.text(x, y + 20, stage, SMALL, MUTED, "middle")
+    tops = {stage: (x, y) for _, stage, x, y in sorted(points, key=lambda point: point[3])}
+    named = [(frame.x(x), frame.y(y / 1e12), stage) for stage, (x, y) in tops.items()]
+    for (x, y), (_, _, stage) in zip(frame.places(named) or [(x - 8, y - 9) for x, y, _ in named], named, strict=True):
+        canvas.text(x, y, stage, SMALL, MUTED)
     frame.key([fitted(name, canvas.width, SMALL) for name in colours], list(colours.values()))
     if roofs.sustained != roofs.burst:
-        frame.key(["solid: short bursts; dashed: kept up for a second or more"])
+        frame.key(["dashed: kept up for a second or more"])
 
 
 def _roof(canvas: Canvas, frame: Frame, ceilings: Ceilings, along: Sequence[float] | np.ndarray, dash: str) -> None:

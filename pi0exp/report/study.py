@@ -5,10 +5,14 @@ a name have `experiments/results/NAME/about.yaml` instead: question, commands, r
 question, and is shown all the same.
 """
 
+import shlex
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,14 +30,14 @@ BASELINES, ORDERS = ("first", "best", "none"), ("sweep", "latency")
 class Study:
     """question: ends with `?`; "" where nobody asked one. commands: how to measure it.
 
-    sweep: parameter -> its values, in the order in which they are swept; the first parameter varies slowest.
+    planned: the points of its sweep in their order, each by the words of the command line: {"stack": "0_eager"}.
     """
 
     name: str
     question: str = ""
     commands: tuple[str, ...] = ()
     report: ReportConfig = field(default_factory=ReportConfig)
-    sweep: dict[str, list[str]] = field(default_factory=dict)
+    planned: tuple[dict[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,29 @@ def study(name: str, results: Path = RESULTS) -> Study:
 
 def of_yaml(name: str, file: Path) -> Study:
     body = _read(file)
-    swept = ((body.get("hydra") or {}).get("sweeper") or {}).get("params") or {}
-    with compose.session():
-        sweep = {str(key): compose.swept(f"{key}={value}") for key, value in swept.items()}
+    sweeper = (body.get("hydra") or {}).get("sweeper") or {}
     command = f"python -m pi0exp study={name} track.results=experiments/results"
-    return Study(name, question(file), (command,), checked(body.get("report") or {}, str(file)), sweep)
+    return Study(name, question(file), (command,), checked(body.get("report") or {}, str(file)), planned(sweeper))
+
+
+def planned(sweeper: dict[str, Any]) -> tuple[dict[str, str], ...]:
+    """Every combination of `params`, and with each of them every line of `points`."""
+    shared = combinations([f"{key}={values}" for key, values in (sweeper.get("params") or {}).items()])
+    lines = [line for text in sweeper.get("points") or [] for line in combinations(shlex.split(text))]
+    return tuple(one | line for one in shared for line in lines or [{}])
+
+
+def combinations(words: list[str]) -> list[dict[str, str]]:
+    """Key -> value, for every combination of the values that these words of the command line give."""
+    with compose.session():
+        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
+        values = {
+            one.get_key_element(): list(one.sweep_string_iterator())
+            if one.is_sweep_override()
+            else [one.get_value_element_as_str()]
+            for one in parsed
+        }
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
 
 
 def question(file: Path) -> str:

@@ -10,8 +10,8 @@ WIDE, NARROW = 820.0, 340.0
 """Widths of a picture in pixels."""
 FONT, SMALL = 13.0, 12.0
 """Sizes of text in pixels; nothing is smaller."""
-_CHARACTER = 0.56
-"""Mean width of a character, in sizes of the font; a little too wide for most."""
+_CHARACTER, _BOLD = 0.6, 0.67
+"""Mean width of a character, in sizes of the font: of a wide one, since the reader's is not known."""
 
 INK, MUTED, LINE, PAPER = "var(--ink)", "var(--muted)", "var(--line)", "var(--paper)"
 COLOURS = tuple(f"var(--c{i})" for i in range(8))
@@ -28,14 +28,14 @@ STYLE = f":root{{{HUES}{LIGHT}}}@media (prefers-color-scheme:dark){{:root{{{DARK
 """The variables, for a page and for a picture that stands alone."""
 
 
-def width_of(text: str, size: float = FONT) -> float:
+def width_of(text: str, size: float = FONT, bold: bool = False) -> float:
     """About how wide a text is, in pixels."""
-    return len(text) * size * _CHARACTER
+    return len(text) * size * (_BOLD if bold else _CHARACTER)
 
 
-def fitted(text: str, room: float, size: float = FONT) -> str:
+def fitted(text: str, room: float, size: float = FONT, bold: bool = False) -> str:
     """The text, cut with an ellipsis where it is wider than the room."""
-    most = max(int(room / size / _CHARACTER), 2)
+    most = max(int(room / width_of("x", size, bold)), 2)
     return text if len(text) <= most else f"{text[: most - 1].rstrip()}…"
 
 
@@ -99,6 +99,11 @@ class Canvas:
             f'<rect class="mark" x="{x:.1f}" y="{y:.1f}" width="{max(width, 1.0):.1f}" height="{height:.1f}" '
             f'fill="{fill}" stroke="{colour}"{dash}><title>{escape(title)}</title></rect>'
         )
+
+    def break_mark(self, x: float, y: float, height: float) -> None:
+        """Two slanted gaps in a bar that goes on beyond the picture."""
+        for at in (x - 16, x - 10):
+            self.line(at, y + height + 2, at + 6, y - 2, PAPER, 2.5)
 
     def dot(self, x: float, y: float, colour: str, title: str, hollow: bool = False, radius: float = 5.0) -> None:
         fill = PAPER if hollow else colour
