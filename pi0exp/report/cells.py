@@ -110,6 +110,25 @@ def columns(facet: Facet, metrics: Sequence[str]) -> list[Column]:
     return made
 
 
+CASE = "case_"
+"""Metrics of parts of a point are named case_WHAT/CASE, or case_WHAT/CASE/WHO."""
+
+
+def cases(row: Row) -> list[Column]:
+    """The parts of a row, such as the shapes of a kernel: a line each, a column for each figure; [] without parts."""
+    found: dict[str, dict[str, str]] = {}
+    for metric, value in row.record["metrics"].items():
+        if not metric.startswith(CASE) or not row.ok:
+            continue
+        what, case, *who = metric.removeprefix(CASE).split("/")
+        name = " ".join([*who, what.replace("_per_", "/").replace("tflop", "TFLOP").replace("ratio", "takes")])
+        text = text_of(metric, value, (1.0, "ms"))
+        found.setdefault(case, {})[name] = f"{value:.2f} x" if what == "ratio" else text
+    names = dict.fromkeys(name for figures in found.values() for name in figures)
+    own = [Column(name, [figures.get(name, ABSENT) for figures in found.values()]) for name in names]
+    return [Column("case", [f"`{case}`" for case in found], number=False), *own] if own else []
+
+
 def _texts(name: str, rows: Sequence[Row], cell: Callable[[Row], str], number: bool = False) -> Column:
     return Column(name, [cell(row) for row in rows], number)
 

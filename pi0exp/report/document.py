@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pi0exp.experiments.tables.points import machine_line
 from pi0exp.report import published
 from pi0exp.report.answers import answer
-from pi0exp.report.cells import Column, columns
+from pi0exp.report.cells import Column, cases, columns
 from pi0exp.report.plots import Plot, plots
 from pi0exp.report.published import Figure, Judged
 from pi0exp.report.rows import OPTIONS, PLAIN, Facet, Row, facets
@@ -80,7 +80,7 @@ def machine(study: Study, slug: str, records: Sequence[Record]) -> Machine:
         date=max(str(one.get("date", "")) for one in prints),
         answer=answer(study.report, found),
         facets=tuple(found),
-        tables=tuple(table(study, facet) for facet in found),
+        tables=(*(table(study, facet) for facet in found), *parts(found)),
         plots=tuple(plots(study.report, found)),
     )
 
@@ -95,6 +95,17 @@ def table(study: Study, facet: Facet) -> Table:
     names = [name for name in study.report.label if name not in study.report.facet] or [OPTIONS]
     labels = [Column(name, [_code(row.names[i]) for row in facet.rows], number=False) for i, name in enumerate(names)]
     return Table(facet.title, (*labels, *columns(facet, study.report.metrics)))
+
+
+def parts(found: Sequence[Facet]) -> list[Table]:
+    """A table for each row that was measured part by part."""
+    rows = [(facet, row) for facet in found for row in facet.rows]
+    made = [(facet, row, cases(row)) for facet, row in rows]
+    return [
+        Table(" · ".join(filter(None, [facet.title if len(found) > 1 else "", row.label, "part by part"])), tuple(own))
+        for facet, row, own in made
+        if own
+    ]
 
 
 def _code(text: str) -> str:

@@ -184,5 +184,5 @@ PLOTS: dict[str, Callable[[ReportConfig, Sequence[Facet]], list[Plot]]] = {
 def plots(config: ReportConfig, found: Sequence[Facet]) -> list[Plot]:
     """Of several with one caption only the last keeps it."""
     made = [one for name in config.plots for one in PLOTS[name](config, found)]
-    after = [one.caption for one in made[1:]] + [""]
-    return [replace(one, caption="") if one.caption == below else one for one, below in zip(made, after, strict=True)]
+    last = [i + 1 == len(made) or made[i + 1].caption != one.caption for i, one in enumerate(made)]
+    return [one if kept else replace(one, caption="") for one, kept in zip(made, last, strict=True)]

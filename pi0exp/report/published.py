@@ -163,7 +163,8 @@ def judged(figure: Figure, machines: dict[str, Sequence[Row]]) -> Judged:
         if value is None:
             continue
         if gpu not in same:
-            return Judged(figure, _elsewhere(figure), f"{_elsewhere(figure)} ({_maker(figure)})", value, row)
+            state = State.not_run if figure.gpu in AMD else State.not_measured
+            return Judged(figure, state, f"{state} ({_maker(figure)})", value, row)
         low, high = figure.value, figure.high or figure.value
         if low * (1 - figure.tolerance) <= value <= high * (1 + figure.tolerance):
             told = f"reproduced (within {100 * figure.tolerance:.0f} %)"
@@ -173,15 +174,10 @@ def judged(figure: Figure, machines: dict[str, Sequence[Row]]) -> Judged:
         return Judged(figure, State.differs, told, value, row)
     if unclear:
         return Judged(figure, State.unclear, f"unclear: {unclear}")
-    if figure.ours is None:
-        return Judged(figure, State.not_run, f"not run here: {figure.why or 'nothing here measures it'}")
-    if figure.gpu in AMD:
-        return Judged(figure, State.not_run, f"not run here ({_maker(figure)})")
+    why = f": {figure.why}" if figure.ours is None and figure.why else ""
+    if figure.gpu in AMD or figure.ours is None:
+        return Judged(figure, State.not_run, f"{State.not_run} ({_maker(figure)}){why}")
     return Judged(figure, State.not_measured, str(State.not_measured))
-
-
-def _elsewhere(figure: Figure) -> State:
-    return State.not_run if figure.gpu in AMD else State.not_measured
 
 
 def _maker(figure: Figure) -> str:
