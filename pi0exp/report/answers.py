@@ -122,7 +122,7 @@ def parity(config: ReportConfig, found: Sequence[Facet]) -> str:
             target = target_ms(best.p50, RATED_W[gpu], RATED_W[other])
             text += (
                 f"; with rated power ({RATED_W[gpu]:.0f} W, {RATED_W[other]:.0f} W) "
-                f"a {other} must take {target:.2f} ms or less for the same"
+                f"{other} must take {target:.2f} ms or less for the same"
             )
         return text
 

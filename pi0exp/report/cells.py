@@ -33,6 +33,13 @@ _TITLES = {
     "compile/recompiles": "recompiles",
     "gemm/tflop_per_s": "TFLOP/s",
     "gemm/ceiling_share": "of GEMM ceiling",
+    "cases/ms": "sum of cases, ms",
+    "cases/tflop_per_s": "TFLOP/s",
+    "cases/share": "of the ceilings",
+    "cases/matrix_share": "of the matrix ceiling",
+    "case_ratio/mean/eager": "eager takes x",
+    "case_ratio/mean/compile": "compiled takes x",
+    "case_ratio/mean/library": "libraries take x",
 }
 _MICRO_MS = 0.5
 """A table whose slowest latency is below is in microseconds."""

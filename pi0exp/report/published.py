@@ -44,11 +44,15 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Ours:
-    """Rows of the study with these parameters, and their metric. Of APPROXIMATE rows only what is asked by name."""
+    """Rows of the study with these parameters, and their metric.
+
+    approximate: rows that compute other actions may be picked, too; where there is but one, it is asked for by name.
+    """
 
     params: dict[str, str] = field(default_factory=dict)
     metric: str = "latency_ms/p50"
     pick: Pick = Pick.only
+    approximate: bool = False
 
 
 @dataclass(frozen=True)
@@ -215,7 +219,7 @@ def _row(asked: Ours, rows: Sequence[Row]) -> Row | None:
         and all(row.record["params"].get(name) == value for name, value in asked.params.items())
     ]
     if asked.pick is not Pick.only:
-        ranked = [row for row in fitting if row.ranked]
+        ranked = [row for row in fitting if row.ranked or asked.approximate]
         choose = min if asked.pick is Pick.least else max
         return choose(ranked, key=lambda row: row.metric(asked.metric) or 0.0, default=None)
     if len(fitting) > 1:
