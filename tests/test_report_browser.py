@@ -46,7 +46,7 @@ const cut = [...document.querySelectorAll('svg text')].filter(shown).filter(elem
 });
 const names = elements => elements.map(element => element.tagName + ' ' + element.textContent.slice(0, 60));
 return {overflow: root.scrollWidth - innerWidth, small: small, wide: names(wide), cut: names(cut),
-  plots: [...document.querySelectorAll('figure')].map(figure => [...figure.querySelectorAll('svg')].filter(shown).length),
+  plots: [...document.querySelectorAll('figure')].map(one => [...one.querySelectorAll('svg')].filter(shown).length),
   boxes: [...document.querySelectorAll('figure svg')].filter(shown).map(svg => {
     const box = svg.getBoundingClientRect(); return [box.x + scrollX, box.y + scrollY, box.width, box.height]; }),
   ground: getComputedStyle(root).backgroundColor, asked: performance.getEntriesByType('resource').map(one => one.name)};

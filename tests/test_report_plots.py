@@ -1,7 +1,7 @@
 """The plots: what they draw of made-up records, what they leave out, and that nothing is empty or hidden."""
 
 import re
-from itertools import combinations
+from itertools import combinations, pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -171,12 +171,12 @@ def test_one_value_far_beyond_the_others_is_cut_and_keeps_its_number():
 
 def test_kernels_are_stacked_in_the_shares_of_their_time():
     default = parsed(drawn("kernels")[0])
-    parts = [one for one in about(default, "8_compiled")]
+    parts = about(default, "8_compiled")
     assert len(parts) == len(CATEGORIES)
     widths = {one.findtext(f"{SVG}title").split()[1]: float(one.get("width")) for one in parts}
     assert widths["gemm"] / widths["attention"] == pytest.approx(5.5, rel=0.05)
     edges = [(float(one.get("x")), float(one.get("x")) + float(one.get("width"))) for one in parts]
-    assert all(end == pytest.approx(start, abs=0.2) for (_, end), (start, _) in zip(edges, edges[1:], strict=False))
+    assert all(end == pytest.approx(start, abs=0.2) for (_, end), (start, _) in pairwise(edges))
     assert len({one.get("fill") for one in parts}) == len(CATEGORIES)
 
 

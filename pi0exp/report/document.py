@@ -126,6 +126,6 @@ def figures_table(found: Sequence[Judged]) -> Table:
         )
         for one in found
     ]
-    titles = (("what", False), ("published", True), ("on", False), ("ours", True), ("on ", False))
-    titles = (*titles, ("verdict", False), ("source", False))
+    titles = [("what", False), ("published", True), ("on", False), ("ours", True), ("on ", False)]
+    titles += [("verdict", False), ("source", False)]
     return Table("", tuple(Column(t, [row[i] for row in cells], n) for i, (t, n) in enumerate(titles)))

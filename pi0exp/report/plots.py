@@ -44,13 +44,17 @@ def _each(
         if len(facet.rows) == 1 and len(found) > 1:
             continue  # its table says it all
         if facet.ok and usable(facet):
-            made.append(Plot(" · ".join(filter(None, [what, facet.title])), caption, partial(draw, facet=facet)))
+            made.append(Plot(" · ".join(filter(None, [what, facet.title])), caption, _on(facet, draw)))
         else:
             without.append(facet.title)
     if without:
         named = "" if len(without) == len(found) else f" ({', '.join(filter(None, without))})"
         made.append(Plot(f"{what}{named}", "", reason=lacking))
     return made
+
+
+def _on(facet: Facet, draw: Callable[[Canvas, Facet], None]) -> Callable[[Canvas], None]:
+    return lambda canvas: draw(canvas, facet)
 
 
 INTERVALS = (
@@ -98,7 +102,7 @@ def power(config: ReportConfig, found: Sequence[Facet]) -> list[Plot]:
         found,
         lambda facet: any(row.metric(scatter.WATTS) for row in facet.ok),
         scatter.power,
-        "nothing to draw: power was not measured",
+        "nothing to draw: no point carries its power",
     )
 
 

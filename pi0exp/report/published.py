@@ -4,7 +4,7 @@ A figure names the study, the parameters and the metric that measure the same th
 reproduces it or differs; ours on another kind stands beside it, and nothing is claimed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -151,7 +151,7 @@ def figures(file: Path = FILE) -> list[Figure]:
     return found
 
 
-def judged(figure: Figure, machines: dict[str, Sequence[Row]]) -> Judged:
+def judged(figure: Figure, machines: Mapping[str, Sequence[Row]]) -> Judged:
     """What became of a figure. machines: GPU -> the rows of its study there.
 
     Ours is of the figure's kind of GPU where there is one, otherwise of the first that has it.
