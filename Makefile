@@ -18,7 +18,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 endif
 
-.PHONY: help demo test test-slow faults lint ui install check-environment
+.PHONY: help demo test test-slow faults lint report ui install check-environment
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -55,6 +55,9 @@ lint: $(READY) ## Format, lint and types, as CI checks them
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+report: $(READY) ## build/report/index.html: every study, its answer, tables and plots, beside published figures
+	@$(RUN) -m pi0exp.report --html build/report
 
 ui: $(READY) ## Compare runs in MLflow, http://127.0.0.1:5000
 	$(RUN) -m mlflow ui --workers 1 --backend-store-uri sqlite:///mlruns/mlflow.db

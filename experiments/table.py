@@ -12,6 +12,8 @@ options is ever typed by hand:
     attention FILE      the same, which `python experiments/sweeps/attention.py` writes; gemm and norms alike
     chain FILE          the same, which `python experiments/skinny_chain.py` writes
     conf TABLE          what conf/ holds: options, stacks, inputs, switches
+    answers all         every study: question, last answer, date, and where its table is
+    plot STUDY          docs/STUDY.svg, which `python -m pi0exp.report --write` makes, and the answer
 
 `python experiments/table.py KIND NAME` prints one.
 """
@@ -25,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pi0exp.experiments.tables import benches, conf, points, sweeps
+from pi0exp.experiments.tables import answers, benches, conf, points, sweeps
 
 CONF = {"options": conf.options, "stacks": conf.stacks, "inputs": conf.inputs, "switches": conf.switches}
 KINDS: dict[str, Callable[[str], str]] = {
@@ -40,6 +42,8 @@ KINDS: dict[str, Callable[[str], str]] = {
     "norms": sweeps.norms,
     "chain": sweeps.chain,
     "conf": lambda name: CONF[name](),
+    "answers": answers.answers,
+    "plot": answers.plot,
 }
 BLOCK = re.compile(r"(?P<start><!-- (?P<kind>\w+) (?P<name>\S+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 
