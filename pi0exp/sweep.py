@@ -1,9 +1,8 @@
 """The points of a sweep. `hydra.sweeper` of a study, and of `python -m pi0exp -m`, is of this class.
 
 params: key -> values, every combination is a point. points: lines of words, each a point beside every combination of
-`params`; for what is no grid, such as a stack less one option at a time. trials: only so many of the combinations,
-chosen by Optuna (`pi0exp.search`). Words of the command line hold for all points; one that names a key of `params`
-takes the place of its values.
+`params`; for what is no grid, such as a stack less one option at a time. Words of the command line hold for all points; one that names a key
+of `params` takes the place of its values.
 """
 
 import shlex
@@ -15,7 +14,6 @@ from hydra import compose as hydra_compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -33,17 +31,8 @@ class Sweep(Sweeper):
 
     __module__ = "hydra_plugins.pi0exp"  # where Hydra wants it; see compose.register
 
-    def __init__(
-        self,
-        params: dict[str, str] | None = None,
-        points: list[str] | None = None,
-        trials: int | None = None,
-        seed: int = 0,
-        objectives: list[str] | None = None,
-        folder: str | None = None,
-    ) -> None:
-        self.params, self.points, self.trials = params or {}, points or [], trials
-        self.seed, self.objectives, self.folder = seed, list(objectives or []), folder
+    def __init__(self, params: dict[str, str] | None = None, points: list[str] | None = None) -> None:
+        self.params, self.points = params or {}, points or []
         self.study = ""
         self.launcher: Launcher | None = None
 
@@ -58,21 +47,13 @@ class Sweep(Sweeper):
         """Run all points; arguments: of the command line. Raises UserError before the first for what cannot be."""
         if self.study:
             check_arguments(self.study, self.params, self.points, arguments)
-        if self.trials is not None:
-            from pi0exp.search import search
-
-            return search(self, arguments)
         batch = expanded(self.params, self.points, arguments)
         self.validate_batch_is_legal(batch)
-        return [self.launch(batch, 0)]
-
-    def launch(self, batch: Sequence[Sequence[str]], first: int) -> Sequence[JobReturn]:
-        """Run these points, numbered from `first`; raises what a job raised."""
         assert self.launcher is not None
-        made = self.launcher.launch(batch, initial_job_idx=first)
+        made = self.launcher.launch(batch, initial_job_idx=0)
         for one in made:
-            _ = one.return_value
-        return made
+            _ = one.return_value  # raises what a job raised
+        return [made]
 
 
 def expanded(params: Mapping[str, str], points: Sequence[str], arguments: Sequence[str]) -> list[list[str]]:
@@ -98,16 +79,11 @@ def key_of(word: str) -> str:
 
 
 def planned(words: Sequence[str]) -> list[list[str]]:
-    """The words of each point of a sweep that is started with these: planned(["study=ladder", "model=tiny"]).
-
-    Empty where Optuna chooses them. Raises UserError.
-    """
+    """The words of each point of a sweep that is started with these: planned(["study=ladder", "model=tiny"]). Raises UserError."""
     with compose.session():
         first = list(combinations(words)[0].values())
         composed = hydra_compose("config", overrides=first, return_hydra_config=True)
         sweeper: Any = OmegaConf.to_container(composed.hydra.sweeper, resolve=True)
-        if sweeper["trials"] is not None:
-            return []
         arguments = [word for word in words if not word.startswith("hydra.")]
         return expanded(sweeper["params"] or {}, sweeper["points"] or [], arguments)
 

@@ -1,4 +1,4 @@
-"""Tables of what `python -m pi0exp.kernels.bench --json` and `python experiments/rewrites.py` wrote."""
+"""Tables of what `python -m pi0exp.kernels.bench --json` wrote."""
 
 import json
 from typing import Any
@@ -25,17 +25,6 @@ def kernels(name: str) -> str:
         f"{machine_line([found['fingerprint']])}; medians of {rounds} rounds; {rates}.\n\n"
         f"{markdown(KERNEL, KERNEL_NUMBERS, [_row(row, ceilings) for row in found['rows']])}"
     )
-
-
-def rewrites(name: str) -> str:
-    """A row a variant of experiments/times/<name>.json: milliseconds of a call, and how many less or more."""
-    if (found := read(name)) is None:
-        return NONE_YET
-    alone = found["ms"]["alone"]
-    rows = [[f"`{one}`", f"{ms:.3f}", f"{ms - alone:+.3f}"] for one, ms in found["ms"].items()]
-    calls = len(found["samples_ms"]["alone"])
-    head = f"{machine_line([found['fingerprint']])}; `{' '.join(found['words'])}`; medians of {calls} calls.\n\n"
-    return head + markdown(REWRITE, REWRITE_NUMBERS, rows)
 
 
 def read(name: str) -> Any:
