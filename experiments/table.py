@@ -7,7 +7,6 @@ options is ever typed by hand:
     checks STUDY        the same without, for points that shared a GPU while they were measured
     card STUDY/KEY      the card of one point
     kernels FILE        experiments/times/FILE.json, which `python -m pi0exp.kernels.bench --json` writes
-    rewrites FILE       the same, which `python experiments/rewrites.py` writes
     resolution FILE     the same, which `python experiments/resolution.py` writes
     attention FILE      the same, which `python experiments/sweeps/attention.py` writes; gemm and norms alike
     chain FILE          the same, which `python experiments/skinny_chain.py` writes
@@ -35,7 +34,6 @@ KINDS: dict[str, Callable[[str], str]] = {
     "checks": points.checks,
     "card": points.point_card,
     "kernels": benches.kernels,
-    "rewrites": benches.rewrites,
     "resolution": benches.resolution,
     "attention": sweeps.attention,
     "gemm": sweeps.gemm,

@@ -28,6 +28,7 @@ class Device(StrEnum):
 class MeasureConfig:
     """How long and how often (`conf/measure/`). Durations in seconds, the rest are counts of calls.
 
+    observations: on which the actions are held against the truth, a multiple of 4.
     ci_share: go on sampling until half the confidence interval of the median is within this share of it; None: as many
     calls as `samples` says. paced_interval_ms: also measure calls that begin so often; None: no such pass. power_s: of
     calls back to back for power and energy; 0: no such pass. reuse_ceilings: take what this GPU was measured to reach
@@ -37,6 +38,7 @@ class MeasureConfig:
     """
 
     device: Device = Device.auto
+    observations: int = 8
     inputs: int = 8
     warmup_calls: int = 20
     warmup_s: float = 2.0
@@ -58,6 +60,7 @@ class MeasureConfig:
 
     def __post_init__(self) -> None:
         for name, least in (
+            ("observations", 8),
             ("inputs", 8),
             ("warmup_calls", 1),
             ("samples", 1),
@@ -68,6 +71,8 @@ class MeasureConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        if self.observations % 4:
+            raise ValueError(f"observations is {self.observations}; it must be a multiple of 4: there are four kinds")
         for name in ("warmup_s", "warmup_max_s", "samples_max_s", "ceilings_s", "timeout_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")

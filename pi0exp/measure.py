@@ -112,6 +112,8 @@ def measure(plain: dict[str, Any], folder: Path | None = None) -> Result:
 
     timed = passes.timed
     timed["throughput_hz"] = 1e3 * instance.samples_per_call / timed["latency_ms/p50"]
+    if "energy_j/call" in timed:
+        timed["energy_j/sample"] = timed["energy_j/call"] / instance.samples_per_call
     metrics |= {f"startup_s/{name}": seconds for name, seconds in instance.startup_s.items()} | instance.counters()
     files = instance.attachments()
     if machine.has_gpu:

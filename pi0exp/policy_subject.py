@@ -29,7 +29,7 @@ from pi0exp.policy import Policy, Watch
 from pi0exp.precision.option import PrecisionOption, allow_tf32
 from pi0exp.preprocess import Normalization, load_normalization
 from pi0exp.subject import Progress, StageWork, Verdict
-from pi0exp.workload import HostInput, Inputs, Workload, host_inputs, verification_inputs
+from pi0exp.workload import KINDS, HostInput, Inputs, Workload, host_inputs, verification_inputs
 
 _FLOAT64_LIMIT = 100_000_000
 """Parameters up to which the truth of fp32 is taken in float64; beyond it memory and time do not pay."""
@@ -45,11 +45,13 @@ class PolicySubject:
     weights: config.Weights
     workload: Workload
     stack: config.Stack
+    observations: int = 8
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Self:
         dimensions, weights = config.model(plain)
-        return cls(dimensions, weights, config.workload(plain), config.stack(plain))
+        observations = config.measure(plain).observations if "measure" in plain else cls.observations
+        return cls(dimensions, weights, config.workload(plain), config.stack(plain), observations)
 
     def params(self) -> dict[str, str]:
         given = {name: value for name, value in vars(self.workload).items() if name != "name" and value is not None}
@@ -138,7 +140,8 @@ class PolicySubject:
         return policy
 
     def build(self, device: torch.device, inputs: int, progress: Progress) -> PolicyInstance:
-        checks = self.on_device(verification_inputs(self.workload, self.dimensions, self.normalization), device)
+        given = verification_inputs(self.workload, self.dimensions, self.normalization, self.observations)
+        checks = self.on_device(given, device)
         progress("verify: truth")
         truth = self.truth(checks, device)
 
@@ -173,13 +176,14 @@ class PolicySubject:
             numerics=self.numerics,
             precision=self.precision.model.name,
             bound=bound,
+            kinds=KINDS,
         )
         verdict = judge(before, exact_failures=failures)
         made = self.inputs(inputs)
         facts = made.facts | {"weights": "random" if self.checkpoint is None else "checkpoint"}
-        given = self.on_device(made.items, device)
+        resident = self.on_device(made.items, device)
         return PolicyInstance(
-            self, policy, verdict, startup_s, facts, made.items, given, lambda: judge(run(policy, checks))
+            self, policy, verdict, startup_s, facts, made.items, resident, lambda: judge(run(policy, checks))
         )
 
     def truth(self, checks: Sequence[DeviceInput], device: torch.device) -> list[Tensor]:

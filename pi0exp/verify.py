@@ -55,10 +55,12 @@ def judge(
     precision: str,
     exact_failures: Sequence[str] = (),
     bound: float | None = None,
+    kinds: Sequence[str] = (),
 ) -> Verdict:
     """Hold the actions of the stack, `found`, against the plain model's and the truth's: each a list of [B, C, A].
 
     `precision` is the name of the plain model's; fp32 has an absolute limit, all others are relative to that model.
+    kinds: names of as many equal parts of the lists, whose errors are told apart, too: error/rel_l2_<kind>.
     `bound`: the relative L2 error that an APPROXIMATE stack allows itself on each observation.
     """
     for whose, given in (("", found), ("plain model's ", plain), ("truth's ", truth)):
@@ -71,6 +73,10 @@ def judge(
         f"error/rel_l2_plain_{precision}": geometric_mean(own),
         "error/max_abs": max((a.double() - b.double()).abs().max().item() for a, b in zip(found, truth, strict=True)),
     }
+    if kinds and len(errors) % len(kinds) == 0:
+        part = len(errors) // len(kinds)
+        parts = {kind: errors[i * part : (i + 1) * part] for i, kind in enumerate(kinds)}
+        metrics |= {f"error/rel_l2_{kind}": geometric_mean(values) for kind, values in parts.items()}
     wrong = list(exact_failures)
     if numerics is Numerics.EXACT and (difference := unequal(plain, found)):
         wrong.append(f"the whole stack {difference}")

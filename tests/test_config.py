@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 from helpers import GROUPS_OF, composed, plain_config
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from pi0exp import compose, config, plugins
+from pi0exp import compose, config, plugins, sweep
 from pi0exp.attention.eager import Eager
 from pi0exp.attention.sdpa import Backend, Sdpa
 from pi0exp.card import asked, word
@@ -23,6 +21,20 @@ from pi0exp.point import experiment_of, run_name, run_params
 from pi0exp.policy_subject import PolicySubject
 from pi0exp.workload import Workload
 
+EXPECTED = {
+    "ablation": 22,
+    "attention_backends": 8,
+    "batch_scaling": 7,
+    "breakdown": 5,
+    "compile_modes": 7,
+    "fidelity": 28,
+    "graph_capture": 6,
+    "ladder": 24,
+    "masking": 9,
+    "perf_per_watt": 4,
+    "prompt_and_horizon": 10,
+}
+"""Points of each study."""
 STUDIES = sorted(file.stem for file in (compose.PACKAGE / "experiments" / "study").glob("*.yaml"))
 OPTIONS = [(group, name) for group in GROUPS for name in GROUPS_OF[group]]
 ORDER = ("image_masking", "fusion", "precision", "gemm", "attention", "compile_mode", "graphs")
@@ -134,11 +146,8 @@ def test_every_model_is_compared():
 
 
 def points(study: str) -> list[list[str]]:
-    """The overrides of every point of a study, expanded as Hydra does it."""
-    _, of_hydra = composed(f"study={study}")
-    words = [f"{key}={value}" for key, value in of_hydra.sweeper.params.items()]
-    (batch,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), max_batch_size=None)
-    return [list(point) for point in batch]
+    """The words of every point of a study."""
+    return sweep.planned([f"study={study}"])
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -147,11 +156,11 @@ def test_every_point_of_a_study_types_and_differs(study: str):
     assert ours.name == study, "the MLflow experiment is called as the file"
     assert str(of_hydra.mode) == "RunMode.MULTIRUN"
     expanded = points(study)
-    assert len(expanded) > 1
+    assert len(expanded) == EXPECTED[study]
     stacks = []
     for point in expanded:
-        type_all(f"study={study}", *point)
-        plain = plain_config(f"study={study}", *point)
+        type_all(*point)
+        plain = plain_config(*point)
         stacks.append({section: plain[section] for section in (*GROUPS, "model", "workload", "measure")})
     assert all(one != other for i, one in enumerate(stacks) for other in stacks[:i]), "two points are the same"
 
@@ -198,11 +207,11 @@ def test_named_stacks_differ_pairwise():
 def test_ladder_changes_one_group_a_rung():
     rungs = [name for name in GROUPS_OF["stack"] if name[0].isdigit()]
     assert [int(name.partition("_")[0]) for name in rungs] == list(range(len(rungs)))
-    climbed = [word for point in points("ladder") for word in point]
-    assert climbed == [f"stack={name}" for name in rungs]
-    made = [dict(config.stack(plain_config(f"stack={name}")).options()) for name in rungs]
-    assert list(made[0]) == list(GROUPS)
-    changed = [[group for group in GROUPS if a[group] != b[group]] for a, b in pairwise(made)]
+    climbed = list(dict.fromkeys(word for point in points("ladder") for word in point if word.startswith("stack=")))
+    assert climbed == [f"stack={name}" for name in (*rungs, "h200_best", "mi350_best")]
+    made = {name: dict(config.stack(plain_config(f"stack={name}")).options()) for name in (*rungs, "h200_best")}
+    steps = [*pairwise(rungs[:-1]), ("7_hoists", "9_kernels"), ("9_kernels", "h200_best")]
+    changed = [[group for group in GROUPS if made[a][group] != made[b][group]] for a, b in steps]
     assert changed[:4] == [["graphs"], ["attention"], ["image_masking"], ["fusion"]]
     assert all(len(groups) == 1 for groups in changed)
 

@@ -155,23 +155,6 @@ def test_kernels(tmp_path, monkeypatch):
     assert bad == ["attend", "bad", "wrong", "-", "-", "-", "out: NaN"]
 
 
-def test_rewrites(tmp_path, monkeypatch):
-    monkeypatch.setattr(benches, "TIMES", tmp_path)
-    assert benches.rewrites("gpu/toy") == points.NONE_YET
-    ms = {"alone": 20.0, "rope_tables": 19.5, "hoist_time": 20.25}
-    samples = {name: [value] * 64 for name, value in ms.items()}
-    found = {"fingerprint": PRINTS, "words": ["stack=4_projections"], "ms": ms, "samples_ms": samples}
-    (tmp_path / "gpu").mkdir()
-    (tmp_path / "gpu" / "toy.json").write_text(json.dumps(found))
-    text = benches.rewrites("gpu/toy")
-    assert "commit abcdef; `stack=4_projections`; medians of 64 calls.\n" in text
-    assert rows(text) == [
-        ["`alone`", "20.000", "+0.000"],
-        ["`rope_tables`", "19.500", "-0.500"],
-        ["`hoist_time`", "20.250", "+0.250"],
-    ]
-
-
 def test_kernels_read_what_the_bench_writes():
     bench = pytest.importorskip("pi0exp.kernels.bench", reason="Triton is there on Linux only")
     names = {one.name for one in fields(bench.Row)} | {"us"}

@@ -1,4 +1,4 @@
-"""Tables of what `python -m pi0exp.kernels.bench --json`, `experiments/rewrites.py` and `resolution.py` wrote."""
+"""Tables of what `python -m pi0exp.kernels.bench --json` and `experiments/resolution.py` wrote."""
 
 import json
 from statistics import median
@@ -10,7 +10,6 @@ from pi0exp.experiments.tables.points import NONE_YET, machine_line, markdown
 TIMES = compose.PACKAGE / "experiments" / "times"
 """Not among the results: those are points, and whoever reads them refuses other files."""
 KERNEL, KERNEL_NUMBERS = ("kernel", "case"), ("us", "of ceiling", "eager takes", "compiled takes", "libraries take")
-REWRITE, REWRITE_NUMBERS = ("on top of it",), ("ms", "change")
 RESOLUTION, RESOLUTION_NUMBERS = ("A against",), ("A ms", "pairs", "no difference", "B slower", "B faster", "ratios")
 OWN = ("op", "eager", "compile")
 """Contestants with a column of their own; all others are libraries."""
@@ -27,17 +26,6 @@ def kernels(name: str) -> str:
         f"{machine_line([found['fingerprint']])}; medians of {rounds} rounds; {rates}.\n\n"
         f"{markdown(KERNEL, KERNEL_NUMBERS, [_row(row, ceilings) for row in found['rows']])}"
     )
-
-
-def rewrites(name: str) -> str:
-    """A row a variant of experiments/times/<name>.json: milliseconds of a call, and how many less or more."""
-    if (found := read(name)) is None:
-        return NONE_YET
-    alone = found["ms"]["alone"]
-    rows = [[f"`{one}`", f"{ms:.3f}", f"{ms - alone:+.3f}"] for one, ms in found["ms"].items()]
-    calls = len(found["samples_ms"]["alone"])
-    head = f"{machine_line([found['fingerprint']])}; `{' '.join(found['words'])}`; medians of {calls} calls.\n\n"
-    return head + markdown(REWRITE, REWRITE_NUMBERS, rows)
 
 
 def resolution(name: str) -> str:
