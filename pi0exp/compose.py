@@ -24,7 +24,7 @@ from pi0exp.option import STAGES
 
 PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf"
-OWN = ("name", "resume", "subject", "track")
+OWN = ("name", "resume", "subject", "track", "report")
 """Keys of `conf/config.yaml` itself; every other one comes from a group."""
 STAGED = ("gemm", "attention", "compile_mode")
 """Groups whose option may differ between stages."""

@@ -96,6 +96,47 @@ class RunConfig:
     track: TrackConfig = field(default_factory=TrackConfig)
 
 
+class Answer(StrEnum):
+    """Which sentence answers the question of a study; see `pi0exp/report/answers.py`."""
+
+    ladder = "ladder"
+    fastest = "fastest"
+    parity = "parity"
+    scaling = "scaling"
+    fidelity = "fidelity"
+    none = "none"
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """How the results of a study are shown (`report:` of its yaml); nothing of it is measured.
+
+    label: parameters that name a row; none: the short form of its options. facet: parameters that split tables and
+    plots. baseline: first, best or none: the row that others are compared with. order: sweep or latency. metrics:
+    columns. plots: by their names in `pi0exp/report/plots.py`. x: the parameter along a curve. series: parameters that
+    tell lines apart.
+    """
+
+    label: tuple[str, ...] = ()
+    facet: tuple[str, ...] = ("model", "workload")
+    baseline: str = "first"
+    order: str = "sweep"
+    metrics: tuple[str, ...] = ("latency_ms/p50", "latency_ms/p90", "roofline/share", "error/rel_l2")
+    plots: tuple[str, ...] = ("bars",)
+    x: str | None = None
+    series: tuple[str, ...] = ()
+    answer: Answer = Answer.fastest
+
+    def __post_init__(self) -> None:
+        for name in ("label", "facet", "metrics", "plots", "series"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # OmegaConf makes lists of tuples
+        for name, allowed in (("baseline", ("first", "best", "none")), ("order", ("sweep", "latency"))):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+        if "curve" in self.plots and self.x is None:
+            raise ValueError("x is null; a curve needs the parameter that it goes along")
+
+
 @dataclass(frozen=True)
 class Weights:
     """Where the weights come from: `random` ones drawn from `seed`, or a checkpoint, which then wins."""
@@ -207,6 +248,10 @@ def measure(plain: dict[str, Any]) -> MeasureConfig:
 
 def run(plain: dict[str, Any]) -> RunConfig:
     return typed(RunConfig, {one.name: plain[one.name] for one in fields(RunConfig) if one.name in plain}, "")
+
+
+def report(plain: dict[str, Any]) -> ReportConfig:
+    return typed(ReportConfig, plain.get("report") or {}, "report")
 
 
 def section(plain: dict[str, Any], name: str) -> dict[str, Any]:

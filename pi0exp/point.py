@@ -22,7 +22,7 @@ from pi0exp.track import Store
 
 LABELS = ("stack", "study")
 """Names that stand for other choices, which are there themselves."""
-FRAME = ("name", "resume", "track", "changed")
+FRAME = ("name", "resume", "track", "report", "changed")
 """What does not make a point, or says again what does: two that agree in everything else are one point."""
 
 

@@ -15,7 +15,7 @@ from pi0exp import compose, config, plugins
 from pi0exp.attention.eager import Eager
 from pi0exp.attention.sdpa import Backend, Sdpa
 from pi0exp.card import asked, word
-from pi0exp.config import GROUPS, Device, MeasureConfig, Stack, Weights
+from pi0exp.config import GROUPS, Answer, Device, MeasureConfig, ReportConfig, Stack, Weights
 from pi0exp.errors import UserError
 from pi0exp.model.config import ModelConfig, tiny
 from pi0exp.option import STAGES, Option, StagedOption
@@ -26,6 +26,7 @@ from pi0exp.workload import Workload
 STUDIES = sorted(file.stem for file in (compose.PACKAGE / "experiments" / "study").glob("*.yaml"))
 OPTIONS = [(group, name) for group in GROUPS for name in GROUPS_OF[group]]
 ORDER = ("image_masking", "fusion", "precision", "gemm", "attention", "compile_mode", "graphs")
+PLOTS = {"waterfall", "kernels", "power", "roofline", "curve", "pareto", "bars"}
 REQUIRED = {("compile_mode", "aggressive"): ("options",)}
 """Settings for which only the file of an option has values; its class refuses to be made without them."""
 
@@ -153,6 +154,40 @@ def test_every_point_of_a_study_types_and_differs(study: str):
         plain = plain_config(f"study={study}", *point)
         stacks.append({section: plain[section] for section in (*GROUPS, "model", "workload", "measure")})
     assert all(one != other for i, one in enumerate(stacks) for other in stacks[:i]), "two points are the same"
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_study_says_how_it_is_shown(study: str):
+    text = (compose.PACKAGE / "experiments" / "study" / f"{study}.yaml").read_text()
+    assert text.startswith("# @package _global_\n# ")
+    assert "\nreport:\n" in text
+    plain = plain_config(f"study={study}")
+    shown = config.report(plain)
+    assert set(shown.plots) <= PLOTS
+    assert "report" not in experiment_of(plain), "it is no part of a point"
+
+
+def test_report_is_typed_and_has_defaults():
+    assert config.report(plain_config()) == config.report({}) == ReportConfig()
+    made = config.report({"report": {"label": ["stack"], "answer": "parity"}})
+    assert (made.label, made.facet, made.answer) == (("stack",), ("model", "workload"), Answer.parity)
+
+
+@pytest.mark.parametrize(
+    ("given", "start"),
+    [
+        ({"lable": []}, "report.lable: Key 'lable' not in 'ReportConfig'"),
+        ({"label": "stack"}, "report.label: "),
+        ({"answer": "yes"}, "report.answer: Invalid value 'yes'"),
+        ({"baseline": "last"}, "report.baseline is 'last'; choose one of first, best, none"),
+        ({"order": "name"}, "report.order is 'name'; choose one of sweep, latency"),
+        ({"plots": ["curve"]}, "report.x is null; a curve needs"),
+    ],
+)
+def test_mistake_in_a_report_is_told(given: dict, start: str):
+    with pytest.raises(UserError) as caught:
+        config.report({"report": given})
+    assert str(caught.value).startswith(start)
 
 
 def test_named_stacks_differ_pairwise():
