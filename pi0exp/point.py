@@ -20,7 +20,7 @@ from pi0exp.measure import fingerprint, target_machine
 from pi0exp.result import Outcome, Result, record
 from pi0exp.track import Store
 
-LABELS = ("stack", "study")
+LABELS = ("subject", "stack", "study")
 """Names that stand for other choices, which are there themselves."""
 FRAME = ("name", "resume", "track", "report", "changed")
 """What does not make a point, or says again what does: two that agree in everything else are one point."""
@@ -148,8 +148,15 @@ def run_params(plain: dict[str, Any], thing: subject.Subject) -> dict[str, str]:
 
     Options of single stages, and settings that are not as in the option's file, follow their group.
     """
-    names = {name: str(option) for name, option in plain["names"].items() if name != "study"}
-    return stack_params(plain) | names | thing.params()
+    names = {name: str(option) for name, option in plain["names"].items() if name not in ("study", "subject")}
+    what = {"subject": other} if (other := other_subject(plain)) else {}
+    return stack_params(plain) | what | names | thing.params()
+
+
+def other_subject(plain: dict[str, Any]) -> str:
+    """The name of a subject that is not the one measured by default, the policy; "" for that one."""
+    name = str(plain["names"].get("subject", ""))
+    return "" if name == compose.defaults()["subject"] else name
 
 
 def stack_params(plain: dict[str, Any]) -> dict[str, str]:
@@ -161,7 +168,11 @@ def stack_params(plain: dict[str, Any]) -> dict[str, str]:
 def run_name(plain: dict[str, Any]) -> str:
     """What is measured, and the stack's name if it has one, else its options and settings that are not plain."""
     names, defaults = plain["names"], compose.defaults()
-    what = [name for group, name in names.items() if group.split(".")[0] not in (*config.GROUPS, *_UNNAMED)]
+    other = other_subject(plain)
+    what = (
+        [other, *(word(*pair) for pair in plain["changed"].items() if pair[0].startswith("subject."))] if other else []
+    )
+    what += [name for group, name in names.items() if group.split(".")[0] not in (*config.GROUPS, *_UNNAMED)]
     special = [word(name, value) for name, value in stack_params(plain).items() if defaults.get(name) != value]
     return "  ".join([*what, names.get("stack") or " ".join(special) or "plain"])
 

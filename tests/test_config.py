@@ -46,7 +46,7 @@ def type_all(*overrides: str) -> None:
 
 
 def test_every_folder_is_a_group():
-    assert set(GROUPS_OF) == {*GROUPS, "model", "workload", "measure", "stack"}
+    assert set(GROUPS_OF) == {*GROUPS, "model", "workload", "measure", "stack", "subject"}
     assert all(GROUPS_OF.values()), "a group without a file"
 
 
