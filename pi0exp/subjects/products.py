@@ -8,7 +8,7 @@ there are so many of them that they do not fit the cache three times over.
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import median
 from typing import Any, Self
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pi0exp import build
 from pi0exp.checked import apply_checked
-from pi0exp.config import MeasureConfig, subject_settings
+from pi0exp.config import MeasureConfig, Stack, subject_settings
 from pi0exp.errors import UserError
 from pi0exp.fusion.fusion import Fusion
 from pi0exp.gemm.triton_gemm import TritonGemm
@@ -32,7 +32,7 @@ from pi0exp.roofline import VALUE_BYTES, Ceilings, StageSum
 from pi0exp.subject import Details, Progress, StageWork, Verdict
 from pi0exp.subjects.measured import PartInstance
 from pi0exp.subjects.part import Given, PartPolicy
-from pi0exp.subjects.plain import foreign
+from pi0exp.subjects.plain import PLAIN, foreign
 from pi0exp.subjects.product_set import Products, cache_bytes, judged, set_count, true_result
 from pi0exp.subjects.product_times import multiply, rates, repeats, rounds, totals
 from pi0exp.subjects.shapes import Call, Product, recorded
@@ -83,8 +83,13 @@ class ProductsSubject:
         return recorded(self.whole)
 
     @property
+    def stack(self) -> Stack:
+        """What is applied to the products. Image masking and fusion have said which products there are, and are done."""
+        return replace(self.whole.stack, image_masking=PLAIN["image_masking"], fusion=PLAIN["fusion"])
+
+    @property
     def numerics(self) -> Numerics:
-        return self.whole.numerics
+        return build.numerics(self.stack)
 
     def params(self) -> dict[str, str]:
         return self.whole.params()
@@ -127,7 +132,7 @@ class ProductsSubject:
         return Products(self.calls, sets, self.whole.precision.model, device).eval()
 
     def build(self, device: torch.device, inputs: int, progress: Progress) -> "ProductsInstance":
-        precision, stack = self.whole.precision, self.whole.stack
+        precision, stack = self.whole.precision, self.stack
         progress("which products")
         start = time.perf_counter()
         model = self.model(device)
@@ -159,7 +164,8 @@ class ProductsSubject:
 
         verdict = judge(done.found)
         verdict = Verdict([*done.failures, *verdict.wrong], verdict.metrics)
-        facts = {"operands": "random, the weights of a call all different"}
+        shapes = f"{len(self.calls)} of {len(model.linears)} shapes"
+        facts = {"products": shapes, "operands": "random, the weights of a call as many as the policy's"}
         if device.type != "cuda":
             facts["caches"] = "unknown: on a CPU weights of a shape take turns as they are in the policy"
         return ProductsInstance(
