@@ -83,7 +83,7 @@ def test_params_and_name_tell_what_was_measured():
     assert run_name(plain) == "layers  subject.depth=2  tiny  default  attention=sdpa"
     of_policy = plain_config("model=tiny")
     assert "subject" not in run_params(of_policy, subject.subject(of_policy))
-    assert run_name(of_policy) == "tiny default  plain"
+    assert run_name(of_policy) == "tiny  default  plain"
 
 
 # ---- what is computed

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pi0exp import build, verify
 from pi0exp.checked import apply_checked
+from pi0exp.config import Stack
 from pi0exp.fusion.fusion import Fusion
 from pi0exp.graphs.capture import Capture, launched_one_by_one
 from pi0exp.image_masking.keep import Keep
@@ -62,6 +63,10 @@ class PartSubject(ABC):
         return Given()
 
     @property
+    def stack(self) -> Stack:
+        return self.whole.stack
+
+    @property
     def numerics(self) -> Numerics:
         return self.whole.numerics
 
@@ -73,7 +78,7 @@ class PartSubject(ABC):
 
     def excluded(self) -> list[str]:
         """Options of the stack that are about the whole policy, and those of single stages."""
-        stack = self.whole.stack
+        stack = self.stack
         reasons = [] if isinstance(stack.image_masking, Keep) else ["image_masking: a part has no cameras"]
         assert isinstance(stack.fusion, Fusion)
         reasons += [f"fusion.rewrites.{name}: is about the whole policy" for name in stack.fusion.rewrites.chosen()]
@@ -125,7 +130,7 @@ class PartSubject(ABC):
         progress("verify: plain model")
         allow_tf32(option.tf32)
         plain = run(policy, given, checks)
-        stack = self.whole.stack
+        stack = self.stack
         done = apply_checked(policy, stack, lambda few: run(policy, given, checks[:few]), plain, progress, self.of)
         policy.settle()
         startup_s = {"build": startup_s["build"] + done.build_s, "first_call": done.first_call_s}

@@ -84,7 +84,7 @@ class ProductsSubject:
 
     @property
     def stack(self) -> Stack:
-        """What is applied to the products. Image masking and fusion have said which products there are, and are done."""
+        """What is applied to the products. Image masking and fusion have said which there are, and are done."""
         return replace(self.whole.stack, image_masking=PLAIN["image_masking"], fusion=PLAIN["fusion"])
 
     @property
