@@ -133,7 +133,8 @@ def _error(record: dict[str, Any]) -> str:
     metrics = record["metrics"]
     plain = {name.removeprefix("error/rel_l2_plain_"): value for name, value in metrics.items() if "_plain_" in name}
     own = ", ".join(f"plain {precision} {value:.2e}" for precision, value in plain.items())
-    return f"rel L2 {metrics['error/rel_l2']:.2e} of the actions ({own}), declared {record['numerics']}"
+    of = "results" if "subject" in record["params"] else "actions"
+    return f"rel L2 {metrics['error/rel_l2']:.2e} of the {of} ({own}), declared {record['numerics']}"
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

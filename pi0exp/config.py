@@ -260,6 +260,13 @@ def report(plain: dict[str, Any]) -> ReportConfig:
     return typed(ReportConfig, plain.get("report") or {}, "report")
 
 
+def subject_settings(plain: dict[str, Any], cls: type[T]) -> T:
+    """The settings of the subject that the configuration names."""
+    return typed(
+        cls, {name: value for name, value in section(plain, "subject").items() if name != "_target_"}, "subject"
+    )
+
+
 def section(plain: dict[str, Any], name: str) -> dict[str, Any]:
     """A part of the configuration that must be there. Raises UserError."""
     if not isinstance(found := plain.get(name), dict):

@@ -63,12 +63,11 @@ def pairs(a: list[float], b: list[float], block: int) -> list[Pair]:
 def check_pair(a: subject.Subject, b: subject.Subject) -> None:
     """Raise UserError where the two cannot live in one process, which has some settings only once."""
     from pi0exp import build
-    from pi0exp.policy_subject import PolicySubject
 
     wide: list[dict[str, Any]] = [dict(one.environment()) for one in (a, b)]
     for found, one in zip(wide, (a, b), strict=True):
-        if isinstance(one, PolicySubject):
-            found |= build.process_wide(one.stack)
+        if isinstance(stack := getattr(one, "stack", None), config.Stack):  # some subjects have none
+            found |= build.process_wide(stack)
     if differing := sorted(name for name in {*wide[0], *wide[1]} if wide[0].get(name) != wide[1].get(name)):
         raise UserError(
             f"A and B differ in what holds for a whole process ({', '.join(differing)}) and cannot take turns in one:"

@@ -97,6 +97,11 @@ def measure(plain: dict[str, Any], folder: Path | None = None) -> Result:
 
     sensors, lacking = gpu_sensors(device)
     passes = timed_passes(instance, device, settings, progress, sensors)
+    if isinstance(instance, subject.Detailed):
+        own = instance.details(settings, None if ceilings is None else ceilings.roofs.burst, progress)
+        passes.timed |= own.metrics
+        passes.samples |= own.samples
+        passes.facts |= own.facts
     metrics |= passes.metrics
     facts |= lacking | passes.facts
     if machine.has_gpu:
@@ -121,15 +126,18 @@ def measure(plain: dict[str, Any], folder: Path | None = None) -> Result:
         timed |= gpu.metrics(timed["latency_ms/p50"])
         files |= gpu.files()
         facts |= gpu.facts()
-    if ceilings is not None:
-        work, own = thing.work(), thing.stack_work()
+    if ceilings is not None and not thing.work():  # nothing that a whole call could be compared with
+        metrics |= ceilings.metrics()
+        facts["ceilings"] = ceilings.when
+    elif ceilings is not None:
+        work, of_stack = thing.work(), thing.stack_work()
         # At a robot's pace the clocks are rested: that may be the faster one.
         p50 = min(timed[name] for name in ("latency_ms/p50", "latency_paced_ms/p50") if name in timed)
-        least = least_time(work, own, ceilings.roofs)
+        least = least_time(work, of_stack, ceilings.roofs)
         if p50 < least["roofline/floor_ms"] and ceilings.reused:
             progress("below the floor: ceilings again")
             ceilings = reached(rate, device, settings.ceilings_s, False, file, owner)
-            least = least_time(work, own, ceilings.roofs)
+            least = least_time(work, of_stack, ceilings.roofs)
         metrics |= ceilings.metrics() | least
         facts["ceilings"] = ceilings.when
         if p50 < (floor := least["roofline/floor_ms"]):

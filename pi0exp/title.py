@@ -7,8 +7,8 @@ from pi0exp import compose
 
 _WHAT = ("model", "workload")
 """Choices that a title begins with."""
-_UNNAMED = ("measure", "stack", "study")
-"""How it is measured is no part of what it is; the other two are names of other choices."""
+_UNNAMED = ("measure", "stack", "study", "subject")
+"""How it is measured is no part of what it is; stack and study are names of other choices, a subject goes in front."""
 _SIGNS = {"true": "+", "false": "-"}
 
 
@@ -17,7 +17,9 @@ def title(params: Mapping[str, str]) -> str:
     plain = _defaults()
     options = {name: value for name, value in params.items() if _group(name) in plain.keys() - {*_WHAT, *_UNNAMED}}
     special = [word(name, value) for name, value in options.items() if plain.get(name) != value]
-    what = [params[name] for name in params if "." not in name and name not in {*options, *_UNNAMED}]
+    subject = {name: value for name, value in params.items() if name.startswith("subject.")}
+    what = [params["subject"], *(word(*pair) for pair in subject.items())] if "subject" in params else []
+    what += [params[name] for name in params if "." not in name and name not in {*options, *_UNNAMED}]
     return "  ".join([*what, params.get("stack") or " ".join(special) or "plain"])
 
 

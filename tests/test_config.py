@@ -12,13 +12,14 @@ from omegaconf import OmegaConf
 from pi0exp import compose, config, plugins, sweep
 from pi0exp.attention.eager import Eager
 from pi0exp.attention.sdpa import Backend, Sdpa
-from pi0exp.card import asked, word
+from pi0exp.card import asked
 from pi0exp.config import GROUPS, Answer, Device, MeasureConfig, ReportConfig, Stack, Weights
 from pi0exp.errors import UserError
 from pi0exp.model.config import ModelConfig, tiny
 from pi0exp.option import STAGES, Option, StagedOption
-from pi0exp.point import experiment_of, run_name, run_params
+from pi0exp.point import experiment_of, run_params
 from pi0exp.policy_subject import PolicySubject
+from pi0exp.title import title, word
 from pi0exp.workload import Workload
 
 EXPECTED = {
@@ -58,7 +59,7 @@ def type_all(*overrides: str) -> None:
 
 
 def test_every_folder_is_a_group():
-    assert set(GROUPS_OF) == {*GROUPS, "model", "workload", "measure", "stack"}
+    assert set(GROUPS_OF) == {*GROUPS, "model", "workload", "measure", "stack", "subject"}
     assert all(GROUPS_OF.values()), "a group without a file"
 
 
@@ -256,7 +257,7 @@ def test_stage_is_among_names_and_parameters(word: str):
     assert (plain["names"]["attention"], plain["names"]["attention.denoise"]) == ("sdpa", "eager")
     params = run_params(plain, PolicySubject.from_plain(plain))
     assert (params["attention"], params["attention.denoise"]) == ("sdpa", "eager")
-    assert run_name(plain) == "pi0  default  attention=sdpa attention.denoise=eager"
+    assert title(params) == "pi0  default  attention=sdpa attention.denoise=eager"
     assert "attention.denoise" not in plain_config("attention=sdpa")["names"]
 
 
@@ -292,7 +293,7 @@ def test_settings_that_are_not_as_in_the_file_are_parameters(words: list[str], c
     assert plain["changed"] == changed
     params = run_params(plain, PolicySubject.from_plain(plain))
     assert {name: params[name] for name in params if name in stack_settings(params)} == changed
-    assert run_name(plain) == f"pi0  default  {named}"
+    assert title(params) == f"pi0  default  {named}"
 
 
 def stack_settings(params: dict[str, str]) -> list[str]:
@@ -309,7 +310,7 @@ def test_settings_of_a_named_stack_are_parameters():
     assert "fusion.rewrites.hoist_time" not in params
     groups = [name.split(".")[0] for name in params]
     assert list(dict.fromkeys(groups))[: len(GROUPS)] == list(GROUPS), "settings follow their group"
-    assert run_name(plain) == "pi0  default  7_hoists"
+    assert title(params) == "pi0  default  7_hoists"
 
 
 def test_card_shows_rewrites_by_their_names():

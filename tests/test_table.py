@@ -309,7 +309,7 @@ def test_every_stack_and_every_input_has_a_row():
     assert sets["0_eager"] == "nothing"
     assert sets["3_skip"] == "`2_sdpa image_masking=skip`"
     assert sets["5_cameras"] == "`4_projections +batch_cameras`"
-    folders = {group: compose.CONF / group for group in ("model", "workload", "measure")}
+    folders = {group: compose.CONF / group for group in ("subject", "model", "workload", "measure")}
     folders["study"] = compose.PACKAGE / "experiments" / "study"
     names = {f"`{group}={file.stem}`" for group, folder in folders.items() for file in folder.glob("*.yaml")}
     assert {row[0] for row in rows(conf.inputs())} == names
