@@ -70,7 +70,7 @@ def visible_gpus() -> list[Gpu]:
     build = _version("torch")
     if "+cpu" in build:
         return []
-    visible = {name: os.environ[name] for name in VISIBILITY if name in os.environ}
+    visible = visibility()
     return gpus.amd(visible) if "rocm" in build else gpus.nvidia(visible.get("CUDA_VISIBLE_DEVICES"))
 
 
@@ -137,6 +137,23 @@ def quiet_mlflow() -> None:
 def tracking_uri() -> str | None:
     """MLflow's own variable, for whoever has a server."""
     return os.environ.get("MLFLOW_TRACKING_URI") or None
+
+
+def store_environment() -> dict[str, str]:
+    """MLflow's variables: where its server is, and who we are there."""
+    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+
+
+def visibility() -> dict[str, str]:
+    """Those of `VISIBILITY` that are set."""
+    return {name: os.environ[name] for name in VISIBILITY if name in os.environ}
+
+
+def set_visibility(visible: Mapping[str, str]) -> None:
+    """What `visibility` told in another process."""
+    for name in VISIBILITY:
+        os.environ.pop(name, None)
+    os.environ.update(visible)
 
 
 def ceilings_path() -> str | None:
