@@ -159,7 +159,7 @@ def _on_ray(launcher: Any, batch: Batch, first: int) -> list[JobReturn]:
     ray = _start_ray(launcher)
     # Ray hides all GPUs from a task that asks for none.
     gpus = {"num_gpus": 1} if ray.cluster_resources().get("GPU") else {}
-    remote = OmegaConf.merge(gpus, launcher.ray_cfg.remote)
+    remote = OmegaConf.create({**gpus, **launcher.ray_cfg.remote})
     jobs = []
     for number, overrides in enumerate(batch, first):
         cfg = launcher.hydra_context.config_loader.load_sweep_config(launcher.config, list(overrides))

@@ -1,20 +1,18 @@
 """Eight processes write 200 points into one store:  python many_writers.py STUDY WORD...
 
-Each is `python -m pi0exp -m ...` over 25 points of one study, forked when everything was imported. Nothing is measured:
-the result is there at once, so that they do nothing but write. WORDs name the store. Ends with the largest exit code.
+Each has 25 points of one study, and was forked when everything was imported. Nothing is measured: the result is there
+at once, so that they do nothing but write. WORDs name the store. Ends with the largest exit code.
 """
 
 import os
 import sys
+import traceback
 from typing import Any
 
-import hydra.core.global_hydra  # noqa: F401
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 from cli import TOY
 
-import pi0exp.explain  # noqa: F401
-from pi0exp import __main__ as command
-from pi0exp import point
+from pi0exp import compose, point
 from pi0exp.backend import import_mlflow
 from pi0exp.key import source_digest
 from pi0exp.result import Outcome, Result
@@ -31,16 +29,20 @@ def main(study: str, store: list[str]) -> int:
     import_mlflow()
     source_digest()
     point.measure_isolated = measured
+    plain = compose.from_words([*TOY, *store, f"name={study}", "+subject.fault=none"])
     writers = []
     for writer in range(WRITERS):
         if (pid := os.fork()) == 0:
-            points = ",".join(f"toy{writer * EACH + number}" for number in range(EACH))
-            sys.argv[1:] = [*TOY, *store, f"name={study}", "-m", f"+subject.fault={points}"]
+            code = 1
             try:
-                command.main()
-            except SystemExit as left:
-                os._exit(int(left.code or 0))
-            os._exit(1)
+                points = [
+                    plain | {"subject": plain["subject"] | {"fault": f"toy{writer * EACH + i}"}} for i in range(EACH)
+                ]
+                code = max(point.measure_point(one)["exit_code"] for one in points)
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(code)
         writers.append(pid)
     return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in writers)
 

@@ -45,7 +45,6 @@ def test_sqlite_takes_eight_writers(tmp_path):
     done = write(tmp_path / "tmp", f"track.root={tmp_path}/mlruns")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "locked" not in done.stderr + done.stdout
-    assert done.stdout.count(f"study many: {EACH} of {EACH} points settled, complete") == WRITERS
     check(f"sqlite:///{tmp_path}/mlruns/mlflow.db")
 
 
