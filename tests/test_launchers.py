@@ -114,15 +114,13 @@ def test_sweep_elsewhere(tmp_path, launcher):
     words = (*TOY, "-m", *launcher, "+subject.fault=none,kill_job,unmet,input,traced")
     done = pi0exp(tmp_path, *words)
     assert done.returncode == 5, done
-    table = done.stdout.splitlines()[-7:]
-    assert table[-1] == (
+    assert done.stdout.splitlines()[-1] == (
         "study adhoc: 3 of 5 points settled; missing: #1 error, #3 refused; the same command again measures only these"
     )
-    ends = [line.split()[-1] if number in "04" else line for number, line in zip("01234", table[1:6], strict=True)]
-    assert (ends[0], ends[4]) == ("ok", "ok")
-    assert "error: its job died: " in ends[1]
-    assert "unsupported: it is not supported anywhere" in ends[2]
-    assert "refused: subject.fault is input" in ends[3]
+    table = " ".join(done.stdout.split("\n#  ")[-1].split())  # its cells may be folded
+    assert "error: its job died: " in table
+    assert "unsupported: it is not supported anywhere" in table
+    assert "refused: subject.fault is input" in table
     found = runs(tmp_path)
     assert sorted(run.data.tags["outcome"] for run in found) == ["ok", "ok", "unsupported"]
     assert len({run.data.tags["key"] for run in found}) == 3
