@@ -30,6 +30,8 @@ from typing import Any, Protocol
 import torch
 
 from pi0exp.ceilings import burst_ceilings
+from pi0exp.errors import UserError
+from pi0exp.gpu_lock import taken_here
 from pi0exp.kernels.kernel import INTERPRETED, Case, Comparison, Kernel, arguments_of, check, discover
 from pi0exp.machine import this_machine
 from pi0exp.measure import fingerprint
@@ -277,6 +279,16 @@ def main(arguments: list[str]) -> int:
     if given.json is not None and not given.json.absolute().parent.is_dir():
         print(f"--json {given.json}: its folder does not exist", file=sys.stderr)
         return CONFIG_ERROR
+    try:
+        with taken_here(not INTERPRETED, lambda text: print(text, file=sys.stderr, flush=True)):
+            return bench(given, known)
+    except UserError as error:
+        print(f"pi0exp.kernels.bench: {error}", file=sys.stderr)
+        return CONFIG_ERROR
+
+
+def bench(given: argparse.Namespace, known: dict[str, Kernel]) -> int:
+    """The command, with a GPU for itself alone. Returns the exit code."""
     if INTERPRETED or not torch.cuda.is_available():
         why = "TRITON_INTERPRET=1 runs kernels on the CPU" if INTERPRETED else "torch can use none here"
         print(f"pi0exp.kernels.bench needs a GPU, and {why}", file=sys.stderr)

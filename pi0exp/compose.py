@@ -1,13 +1,12 @@
 """Everything that needs Hydra while composing: where its folders are, and options of single stages."""
 
 import json
-import sys
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -22,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pi0exp import plugins
 from pi0exp.errors import UserError
 from pi0exp.option import STAGES
+from pi0exp.track import default_root
 
 PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf"
@@ -43,16 +43,27 @@ class Folders(SearchPathPlugin):
 def register() -> None:
     """Tell Hydra of our folders and resolvers, before it composes anything. Raises UserError for a bad plugin."""
     files()
-    from pi0exp import sweep  # which composes, too
+    known = Plugins.instance()
+    known.register(Folders)
+    # Not above: it imports this file, and Hydra replaces its own classes when it looks for plugins.
+    from pi0exp import sweeper
 
-    for plugin in (Folders, sweep.Sweep):
-        Plugins.instance().register(plugin)
-    # Hydra finds sweepers by name, and in one package only; so it finds ours without having it installed there.
-    vars(sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins")))["pi0exp"] = sweep
-    # Hydra insists on writing a file for each sweep; everything in it is in MLflow too.
-    OmegaConf.register_new_resolver(
-        "pi0exp_scratch", lambda: str(Path(tempfile.gettempdir(), "pi0exp-sweep")), replace=True
-    )
+    sweeper.register(known)
+
+
+def scratch(launcher: str) -> str:
+    """The folder of Hydra's sweeps, for which it insists on a file each; everything in it is in MLflow too.
+
+    launcher: its class. Where it may start points on other hosts its files must be where they can see them: beside the
+    local store. Jobs of submitit leave their output there.
+    """
+    if launcher.endswith((".BasicLauncher", ".LocalLauncher", ".RayLauncher")):
+        return str(Path(tempfile.gettempdir(), f"pi0exp-sweep-{os.getuid()}"))
+    return str(default_root() / ".sweep")
+
+
+# Here, since the processes that launchers start only unpickle the command's function, which imports this file.
+OmegaConf.register_new_resolver("pi0exp_scratch", scratch, replace=True)
 
 
 @contextmanager

@@ -162,6 +162,11 @@ def measure_pair(plain: dict[str, Any], folder: Path | None = None) -> Result:
     )
 
 
+def settings_of(pair: dict[str, Any]) -> config.MeasureConfig:
+    """Those of A hold for both."""
+    return config.measure(config.section(pair, "a"))
+
+
 def measure_pair_isolated(
     a: dict[str, Any], b: dict[str, Any], rounds: int, told: Callable[[str], None]
 ) -> tuple[Result, list[Pair]]:
@@ -174,13 +179,14 @@ def measure_pair_isolated(
     for thing in things:
         thing.preflight()
     settings = config.measure(a)
-    result = measure_isolated({"a": a, "b": b, "rounds": rounds}, 2 * settings.timeout_s, told, module=NAME)
+    machine, _ = target_machine(settings.device)
+    pair = {"a": a, "b": b, "rounds": rounds}
+    result = measure_isolated(pair, 2 * settings.timeout_s, told, module=NAME, on_gpu=machine.has_gpu)
     if result.outcome is not Outcome.OK:
-        machine, _ = target_machine(settings.device)
         return replace(result, fingerprint=result.fingerprint or fingerprint(machine)), []
     samples = result.samples
     return result, pairs(samples[f"{BASELINE}_latency_ms"], samples["latency_ms"], settings.inputs)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], measure_pair, __doc__, NAME))
+    sys.exit(main(sys.argv[1:], measure_pair, __doc__, NAME, settings_of))

@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pi0exp import causes, config, subject
+from pi0exp import causes, config, gpu_lock, subject
 from pi0exp.errors import UnsupportedError, UserError
-from pi0exp.machine import Machine, commit, set_environment, this_machine
+from pi0exp.machine import Machine, commit, held_gpu, set_environment, this_machine
 from pi0exp.result import CONFIG_ERROR, Outcome, Result
 
 PROGRESS = "[pi0exp] "
@@ -37,11 +37,16 @@ def target_machine(wanted: config.Device) -> tuple[Machine, list[str]]:
     return machine, []
 
 
-def fingerprint(machine: Machine) -> dict[str, Any]:
-    """What a reader of the numbers may ask about the machine, the code and the day."""
+def fingerprint(machine: Machine, gpu_uuid: str | None = None) -> dict[str, Any]:
+    """What a reader of the numbers may ask about the machine, the code and the day.
+
+    gpu_uuid: which of several equal GPUs it was, where this process was not started for it; no part of the identity.
+    """
     head, dirty = commit()
     code = {"commit": head, "dirty": dirty, "date": datetime.now(UTC).date().isoformat()}
-    return {**machine.identity(), "cpu": machine.cpu, "cores": machine.cores, **code}
+    uuid = (gpu_uuid or held_gpu()) if machine.has_gpu else None
+    which = {"gpu_uuid": uuid} if uuid else {}
+    return {**machine.identity(), **which, "cpu": machine.cpu, "cores": machine.cores, **code}
 
 
 def measure(plain: dict[str, Any], folder: Path | None = None) -> Result:
@@ -182,8 +187,17 @@ def guarded(plain: dict[str, Any], folder: Path | None = None, body: Body = meas
         return Result(Outcome.OOM if causes.is_memory(str(error)) else Outcome.ERROR, [reason])
 
 
-def main(arguments: list[str], body: Body = measure, usage: str = __doc__, name: str = "pi0exp.measure") -> int:
-    """The command: read EXPERIMENT.json, write RESULT.json, return the exit code. Others give a body of their own."""
+def main(
+    arguments: list[str],
+    body: Body = measure,
+    usage: str = __doc__,
+    name: str = "pi0exp.measure",
+    settings: Callable[[dict[str, Any]], config.MeasureConfig] = config.measure,
+) -> int:
+    """The command: read EXPERIMENT.json, write RESULT.json, return the exit code.
+
+    Others give a body of their own, and say where the measure settings of their input are.
+    """
     if len(arguments) != 2 or {"-h", "--help"} & set(arguments):
         print(usage.strip(), file=sys.stderr)
         return CONFIG_ERROR
@@ -192,7 +206,9 @@ def main(arguments: list[str], body: Body = measure, usage: str = __doc__, name:
         plain = json.loads(source.read_text())
         if not isinstance(plain, dict):
             raise UserError(f"{source}: no composed configuration, which is a JSON object")
-        result = guarded(plain, target.with_suffix(".files"), body)
+        machine, _ = target_machine(settings(plain).device)
+        with gpu_lock.taken_here(machine.has_gpu, progress):  # by the parent already, unless this was started by hand
+            result = guarded(plain, target.with_suffix(".files"), body)
         part = target.with_suffix(".part")
         part.write_text(json.dumps(result.to_dict()))
         os.replace(part, target)  # whole or not at all

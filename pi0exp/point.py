@@ -78,7 +78,7 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
                 result = Result(Outcome.UNSUPPORTED, reasons)
             else:
                 with shown_progress(name) as progress:
-                    result = measure_isolated(experiment, settings.timeout_s, progress, kept)
+                    result = measure_isolated(experiment, settings.timeout_s, progress, kept, on_gpu=machine.has_gpu)
         except KeyboardInterrupt as error:
             finish(Result(Outcome.INTERRUPTED, [f"stopped by {error or 'Ctrl-C'}"]))
             raise

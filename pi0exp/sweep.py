@@ -1,8 +1,8 @@
-"""The points of a sweep. `hydra.sweeper` of a study, and of `python -m pi0exp -m`, is of this class.
+"""The points of a sweep, and what may stand beside a study.
 
 params: key -> values, every combination is a point. points: lines of words, each a point beside every combination of
-`params`; for what is no grid, such as a stack less one option at a time. Words of the command line hold for all points; one that names a key
-of `params` takes the place of its values.
+`params`; for what is no grid, such as a stack less one option at a time. Words of the command line hold for all points;
+one that names a key of `params` takes the place of its values.
 """
 
 import shlex
@@ -13,47 +13,13 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
-from hydra.plugins.launcher import Launcher
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from pi0exp import compose
 from pi0exp.errors import UserError
 
 Point = dict[str, str]
 """Key -> word of the command line, in order: {"attention": "attention=sdpa"}."""
-
-
-class Sweep(Sweeper):
-    """Hydra's part of it."""
-
-    __module__ = "hydra_plugins.pi0exp"  # where Hydra wants it; see compose.register
-
-    def __init__(self, params: dict[str, str] | None = None, points: list[str] | None = None) -> None:
-        self.params, self.points = params or {}, points or []
-        self.study = ""
-        self.launcher: Launcher | None = None
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context, self.config = hydra_context, config
-        self.study = config.hydra.runtime.choices.get("study") or ""
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
-
-    def sweep(self, arguments: list[str]) -> Any:
-        """Run all points; arguments: of the command line. Raises UserError before the first for what cannot be."""
-        if self.study:
-            check_arguments(self.study, self.params, self.points, arguments)
-        batch = expanded(self.params, self.points, arguments)
-        self.validate_batch_is_legal(batch)
-        assert self.launcher is not None
-        made = self.launcher.launch(batch, initial_job_idx=0)
-        for one in made:
-            _ = one.return_value  # raises what a job raised
-        return [made]
 
 
 def expanded(params: Mapping[str, str], points: Sequence[str], arguments: Sequence[str]) -> list[list[str]]:
@@ -79,7 +45,10 @@ def key_of(word: str) -> str:
 
 
 def planned(words: Sequence[str]) -> list[list[str]]:
-    """The words of each point of a sweep that is started with these: planned(["study=ladder", "model=tiny"]). Raises UserError."""
+    """The words of each point of a sweep that is started with these: planned(["study=ladder", "model=tiny"]).
+
+    Raises UserError.
+    """
     with compose.session():
         first = list(combinations(words)[0].values())
         composed = hydra_compose("config", overrides=first, return_hydra_config=True)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pi0exp import compose, point
-from pi0exp.card import card, word
+from pi0exp.card import card
 from pi0exp.config import GROUPS
 from pi0exp.load import SUFFIXES, read_record
 from pi0exp.option import STAGES
+from pi0exp.title import word
 from pi0exp.track import Record
 
 RESULTS = compose.PACKAGE / "experiments" / "results"

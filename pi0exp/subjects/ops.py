@@ -95,7 +95,8 @@ def values(seed: int, device: torch.device) -> Source:
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
         normal = torch.randn(shape, generator=generator, device=device)
         if len(shape) == 2:
-            return normal * shape[1] ** -0.5
+            scaled: Tensor = normal * shape[1] ** -0.5
+            return scaled
         factor = int(name.rpartition(".")[2]) % 2 == 0
         made: Tensor = 1 + 0.1 * normal if factor else normal
         return made
