@@ -10,10 +10,11 @@ import report_fakes as fakes
 from pi0exp import compose
 from pi0exp.config import Answer, ReportConfig
 from pi0exp.errors import UserError
+from pi0exp.experiments.tables import answers
 from pi0exp.known import RESULTS
 from pi0exp.load import write_record
 from pi0exp.report import __main__ as command
-from pi0exp.report import document, files, sources, study, text
+from pi0exp.report import document, files, published, sources, study, text
 from pi0exp.report.answers import ANSWERS, answer
 from pi0exp.report.cells import number
 from pi0exp.report.chapters import chapters
@@ -67,6 +68,7 @@ def test_points_of_a_list_are_in_its_order():
     one = Study("ablation", planned=study.planned({"points": lines}))
     labels = [row.label for row in facets(one, records)[0].rows]
     assert labels == ["8_compiled", "8_compiled attention=eager", "8_compiled -rope_tables"]
+    assert study.planned({"params": {"a": "1,2"}, "trials": 3}) == (), "a search has no plan"
     assert study.planned({"params": {"a": "1,2", "b": "x"}}) == ({"a": "1", "b": "x"}, {"a": "2", "b": "x"})
 
 
@@ -276,6 +278,27 @@ def test_committed_tables_are_those_of_the_committed_results():
     assert tables == {path.resolve() for path in RESULTS.glob("*/*.md")}, "run: python -m pi0exp.report --write"
     for path, content in made.items():
         assert path.read_text() == content, f"{path} is not made of the results; run: python -m pi0exp.report --write"
+
+
+def test_every_published_figure_is_in_some_chapter():
+    shown = [one.figure for chapter in chapters([], lambda names: {}) for one in chapter.figures]
+    assert sorted(one.id for one in shown) == sorted(one.id for one in published.figures())
+
+
+def test_index_and_picture_of_the_readmes(monkeypatch):
+    found = [chaptered(LADDER, fakes.ladder()), chaptered(Study("masking", "What do masks cost?"), [])]
+    monkeypatch.setattr(answers, "_chapters", lambda: [*found, chaptered(Study("nobody"), [])])
+    index = answers.answers("all")
+    link = "[NVIDIA H200](results/ladder/nvidia-h200.md)"
+    assert re.search(
+        rf"\| `ladder` \| What .*\? \| pi0, default: from .* \| 2026-01-02 \| {re.escape(link)} \|\n", index
+    )
+    assert "| `masking` | What do masks cost? | Not measured yet. | - | - |" in index
+    assert "nobody" not in index
+    assert answers.plot("masking") == answers.plot("none_such") == "Not measured yet.\n"
+    shown = answers.plot("ladder")
+    assert shown.startswith("![What does each step add?](docs/ladder.svg)\n\npi0, default: from ")
+    assert "experiments/results/ladder/nvidia-h200.md" in shown
 
 
 def test_a_changed_result_changes_its_table(tmp_path):

@@ -11,7 +11,7 @@ from pi0exp.report.sources import committed
 def answers(name: str) -> str:
     """A row a study: its question, its last answer, the day, and where its tables are."""
     rows = []
-    for chapter in _chapters():
+    for chapter in (one for one in _chapters() if one.study.question or one.machines):
         links = [f"[{one.gpu}](results/{chapter.study.name}/{one.slug}.md)" for one in chapter.machines]
         date = max((one.date for one in chapter.machines), default="-")
         answer = chapter.answer or NONE_YET.strip()

@@ -18,7 +18,8 @@ ADHOC = "adhoc"
 def chapters(
     names: Sequence[str], read: Callable[[Iterable[str] | None], Measured], results: Path = RESULTS
 ) -> list[Chapter]:
-    """These studies; without names all, in the order of the published figures, then of the alphabet.
+    """These studies; without names all, in the order of the published figures, then of the alphabet. Every figure is
+    in some chapter, whether there is such a study or not.
 
     read: the records of the studies with these names, of all for None. Raises UserError for a name that is no study.
     """
@@ -30,6 +31,7 @@ def chapters(
         raise UserError(f"{unknown[0]}: no such study; there are {there}")
     order = list(dict.fromkeys(figure.study for figure in figures))
     every = sorted(
-        (known | measured.keys()) - {ADHOC}, key=lambda name: (order.index(name) if name in order else len(order), name)
+        {*known, *measured, *order} - {ADHOC},
+        key=lambda name: (order.index(name) if name in order else len(order), name),
     )
     return [chapter(study(name, results), measured, figures) for name in dict.fromkeys(names or every)]

@@ -1,7 +1,7 @@
 """What the report says of a study on one machine, before it is Markdown or HTML: both show the same."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pi0exp.experiments.tables.points import machine_line
 from pi0exp.report import published
@@ -64,7 +64,12 @@ def chapter(study: Study, measured: Measured, figures: Sequence[Figure]) -> Chap
     machines = tuple(machine(study, slug, found) for slug, found in sorted(measured.get(study.name, {}).items()))
     rows = {one.gpu: one.rows for one in machines}
     own = [figure for figure in figures if figure.study == study.name]
-    return Chapter(study, machines, tuple(published.judged(figure, rows) for figure in own))
+    texts = {figure.id: figure.text for figure in figures}
+    found = (
+        replace(published.judged(figure, rows), others=tuple(texts[name] for name in figure.conflicts))
+        for figure in own
+    )
+    return Chapter(study, machines, tuple(found))
 
 
 def machine(study: Study, slug: str, records: Sequence[Record]) -> Machine:
@@ -121,7 +126,7 @@ def figures_table(found: Sequence[Judged]) -> Table:
             one.figure.gpu + (" (assumed)" if one.figure.assumed else ""),
             one.ours_text,
             one.gpu,
-            one.told + (f"; otherwise published: {', '.join(one.figure.conflicts)}" if one.figure.conflicts else ""),
+            one.told + (f"; otherwise published: {', '.join(one.others)}" if one.others else ""),
             one.figure.source,
         )
         for one in found

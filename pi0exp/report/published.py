@@ -105,13 +105,17 @@ class File:
 
 @dataclass(frozen=True)
 class Judged:
-    """ours: our value in the figure's unit; None where there is none. row: where it comes from. told: the verdict."""
+    """ours: our value in the figure's unit; None where there is none. row: where it comes from. told: the verdict.
+
+    others: what else was published of the same thing.
+    """
 
     figure: Figure
     state: State
     told: str
     ours: float | None = None
     row: Row | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def ours_text(self) -> str:

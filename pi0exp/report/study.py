@@ -67,7 +67,9 @@ def of_yaml(name: str, file: Path) -> Study:
 
 
 def planned(sweeper: dict[str, Any]) -> tuple[dict[str, str], ...]:
-    """Every combination of `params`, and with each of them every line of `points`."""
+    """Every combination of `params`, and with each of them every line of `points`. None where `trials` are chosen."""
+    if sweeper.get("trials") is not None:
+        return ()
     shared = combinations([f"{key}={values}" for key, values in (sweeper.get("params") or {}).items()])
     lines = [line for text in sweeper.get("points") or [] for line in combinations(shlex.split(text))]
     return tuple(one | line for one in shared for line in lines or [{}])
