@@ -1,8 +1,8 @@
 """The points of a sweep. `hydra.sweeper` of a study, and of `python -m pi0exp -m`, is of this class.
 
 params: key -> values, every combination is a point. points: lines of words, each a point beside every combination of
-`params`; for what is no grid, such as a stack less one option at a time. Words of the command line hold for all points; one that names a key
-of `params` takes the place of its values.
+`params`; for what is no grid, such as a stack less one option at a time. Words of the command line hold for all points;
+one that names a key of `params` takes the place of its values.
 """
 
 import shlex
@@ -79,7 +79,10 @@ def key_of(word: str) -> str:
 
 
 def planned(words: Sequence[str]) -> list[list[str]]:
-    """The words of each point of a sweep that is started with these: planned(["study=ladder", "model=tiny"]). Raises UserError."""
+    """The words of each point of a sweep that is started with these, ["study=ladder", "model=tiny"] say.
+
+    Raises UserError.
+    """
     with compose.session():
         first = list(combinations(words)[0].values())
         composed = hydra_compose("config", overrides=first, return_hydra_config=True)

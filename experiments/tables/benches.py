@@ -9,7 +9,6 @@ from pi0exp.experiments.tables.points import NONE_YET, machine_line, markdown
 TIMES = compose.PACKAGE / "experiments" / "times"
 """Not among the results: those are points, and whoever reads them refuses other files."""
 KERNEL, KERNEL_NUMBERS = ("kernel", "case"), ("us", "of ceiling", "eager takes", "compiled takes", "libraries take")
-REWRITE, REWRITE_NUMBERS = ("on top of it",), ("ms", "change")
 OWN = ("op", "eager", "compile")
 """Contestants with a column of their own; all others are libraries."""
 
