@@ -30,7 +30,8 @@ from pi0exp.result import CONFIG_ERROR
 
 ORDER = (
     *("ladder", "masking", "ablation", "perf_per_watt", "batch_scaling", "attention_backends", "graph_capture"),
-    *("prompt_and_horizon", "breakdown", "fidelity", "compile_modes"),
+    *("kernels", "gemm_efficiency", "prompt_and_horizon", "breakdown", "ladder_layers", "graph_granularity"),
+    *("fidelity", "compile_modes"),
 )
 """By importance; studies that are not named here follow in the order of the alphabet."""
 CLOSING = re.compile(r"^study (\S+): (\d+) of (\d+) points settled(?:, complete|; missing: (.*?); )", re.MULTILINE)
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = [word for word in given.words if "=" in word] + (["measure=quick"] if given.quick else [])
     own = [] if given.root is None else [f"track.root={given.root}"]
     end = time.monotonic() + 60 * given.minutes - GRACE_S
+    given.results = given.results.resolve()  # the studies run in the repository
     given.results.mkdir(parents=True, exist_ok=True)
     log, rows = given.results / "campaign.jsonl", []
     for study in named or known:

@@ -12,6 +12,8 @@ import pi0exp
 
 _LINKED = ("kernels", "conf", "experiments")
 """Folders that are links in a checkout and plain folders in an installed package."""
+_READERS = ("report",)
+"""Folders of what reads results and takes no part in making them."""
 _SUFFIXES = (".py", ".csv")
 """Code, and the tables of tuned kernels that stand beside it."""
 
@@ -44,7 +46,7 @@ def _sources(package: Path) -> Iterator[tuple[str, Path]]:
     The configuration is left out: composed, it is part of the experiment. os.walk and not Path.rglob: whether the
     latter enters linked folders depends on the version of Python; os.walk enters only the one it is started in.
     """
-    for top, skipped in ((package, _LINKED), (package / "kernels", ())):
+    for top, skipped in ((package, (*_LINKED, *_READERS)), (package / "kernels", ())):
         for folder, folders, files in os.walk(top, followlinks=False):
             if Path(folder) == top:
                 folders[:] = [name for name in folders if name not in skipped]

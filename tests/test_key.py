@@ -76,7 +76,14 @@ def checkout(folder: Path, linked: bool) -> Path:
 def test_digest_sees_code_and_kernels_only(tmp_path):
     package = checkout(tmp_path, linked=True)
     before = digest_sources(package)
-    for unseen in ("conf/inner/one.py", "experiments/inner/one.py", "kernels/note.yaml", "model/layers.txt"):
+    (package / "report").mkdir()
+    for unseen in (
+        "report/page.py",
+        "conf/inner/one.py",
+        "experiments/inner/one.py",
+        "kernels/note.yaml",
+        "model/layers.txt",
+    ):
         (package / unseen).write_text("changed")
         assert digest_sources(package) == before, unseen
     digests = {before}

@@ -5,18 +5,14 @@ a name have `experiments/results/NAME/about.yaml` instead: question, commands, r
 question, and is shown all the same.
 """
 
-import shlex
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pi0exp import compose, config
+from pi0exp import compose, config, sweep
 from pi0exp.config import ReportConfig
 from pi0exp.errors import UserError
 from pi0exp.known import RESULTS
@@ -67,25 +63,10 @@ def of_yaml(name: str, file: Path) -> Study:
 
 
 def planned(sweeper: dict[str, Any]) -> tuple[dict[str, str], ...]:
-    """Every combination of `params`, and with each of them every line of `points`. None where `trials` are chosen."""
-    if sweeper.get("trials") is not None:
-        return ()
-    shared = combinations([f"{key}={values}" for key, values in (sweeper.get("params") or {}).items()])
-    lines = [line for text in sweeper.get("points") or [] for line in combinations(shlex.split(text))]
-    return tuple(one | line for one in shared for line in lines or [{}])
-
-
-def combinations(words: list[str]) -> list[dict[str, str]]:
-    """Key -> value, for every combination of the values that these words of the command line give."""
+    """The points of a sweep, each as key -> value; see `pi0exp.sweep`."""
     with compose.session():
-        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
-        values = {
-            one.get_key_element(): list(one.sweep_string_iterator())
-            if one.is_sweep_override()
-            else [one.get_value_element_as_str()]
-            for one in parsed
-        }
-    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+        points = sweep.expanded(sweeper.get("params") or {}, sweeper.get("points") or [], [])
+    return tuple({key: value for key, _, value in (word.partition("=") for word in words)} for words in points)
 
 
 def question(file: Path) -> str:
