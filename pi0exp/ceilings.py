@@ -110,8 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m pi0exp.ceilings",
         description="Measure what this GPU reaches on a large copy and on matrix products, and keep it for the runs to"
         " come.",
-        epilog="example: python -m pi0exp.ceilings --show --json    exit codes: 0; 2 for a file that cannot be read or"
-        " written, or nothing to show; 3 without a GPU",
+        epilog="example: python -m pi0exp.ceilings --show --json\n\n"
+        "exit codes: 0; 2 for a file that cannot be read or written, or nothing to show; 3 without a GPU",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--show", action="store_true", help="what is kept for this machine; measures nothing")
     parser.add_argument("--json", action="store_true", help="as one JSON object")

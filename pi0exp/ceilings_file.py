@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from pi0exp.errors import UserError
 from pi0exp.machine import ceilings_path
-from pi0exp.track import default_root
+from pi0exp.root import default_root
 
 FRESH = timedelta(days=7)
 """How long rates are reused. Driver and libraries are part of what they belong to; what remains is a GPU's own ageing

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pi0exp import plugins
 from pi0exp.errors import UserError
 from pi0exp.option import STAGES
-from pi0exp.track import default_root
+from pi0exp.root import default_root
 
 PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf"

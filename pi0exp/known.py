@@ -14,7 +14,8 @@ from pi0exp.config import RunConfig
 from pi0exp.load import SUFFIXES, read_record
 from pi0exp.machine import Machine, tracking_uri
 from pi0exp.roofline import Ceilings
-from pi0exp.track import Record, Store, default_root
+from pi0exp.root import default_root
+from pi0exp.track import Record, Store
 
 RESULTS = compose.PACKAGE / "experiments" / "results"
 """Result files of the repository; a normal install has none."""

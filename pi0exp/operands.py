@@ -15,7 +15,8 @@ from pi0exp.load import read_record, result_files
 from pi0exp.machine import tracking_uri
 from pi0exp.measure import target_machine
 from pi0exp.result import Outcome
-from pi0exp.track import Record, Store, Stored, default_root
+from pi0exp.root import default_root
+from pi0exp.track import Record, Store, Stored
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 KINDS = ("study", "stack")

@@ -14,7 +14,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from pi0exp import config, launchers, outcomes, sweep
+from pi0exp import outcomes, sweep
 
 NAME = "hydra_plugins.pi0exp.Sweep"
 """Its name in `conf/`. Hydra takes plugins only from this namespace and its own, and looks the class up by the name."""
@@ -60,6 +60,9 @@ class _Gathering(Launcher):
         if type(self._inner).__name__ == "BasicLauncher":
             outcomes.gather(self._inner.launch(job_overrides, initial_job_idx))
             return []
+        # Not above: `--help` is to answer at once.
+        from pi0exp import config, launchers
+
         cfg = self._cfg
         store, run = None, config.run({"name": cfg.name, "track": OmegaConf.to_container(cfg.track, resolve=True)})
         if not cfg.measure.explain:

@@ -8,7 +8,7 @@ import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -18,6 +18,7 @@ from pi0exp.backend import Database, import_mlflow, prepare, reach, told
 from pi0exp.errors import UserError
 from pi0exp.owner import Owner, this_process
 from pi0exp.result import Outcome
+from pi0exp.root import default_root
 from pi0exp.title import title
 
 if TYPE_CHECKING:
@@ -44,13 +45,7 @@ class Stored:
 
     run_id: str
     record: Record
-    started: int = 0
-
-
-def default_root() -> Path:
-    """`mlruns` at the top of the checkout that holds this package; without a checkout, of the working directory."""
-    repository = Path(__file__).resolve().parent.parent
-    return (repository if (repository / "pyproject.toml").is_file() else Path.cwd()) / "mlruns"
+    started: int = field(default=0, compare=False)
 
 
 class Store:

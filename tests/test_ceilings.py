@@ -261,7 +261,7 @@ def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["--help"])
     assert ended.value.code == 0
-    assert "Example: python -m pi0exp.ceilings" in capsys.readouterr().out
+    assert "example: python -m pi0exp.ceilings" in capsys.readouterr().out
 
 
 def test_table_has_units():

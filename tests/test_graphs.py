@@ -76,6 +76,7 @@ def test_manual_counts_one_replay_a_call():
         "graphs/evictions": 2,
         "graphs/replays_per_call": 1,
         "graphs/replay_us": 2.5,
+        "graphs/us_per_replay": 2.5,
         "graphs/nodes": 5,
         "graphs/kernels": 4,
     }

@@ -12,7 +12,8 @@ import pytest
 from pi0exp import backend
 from pi0exp.errors import UserError
 from pi0exp.result import Outcome, Result, record
-from pi0exp.track import Store, Stored, default_root
+from pi0exp.root import default_root
+from pi0exp.track import Store, Stored
 
 KEY = "0123456789abcdef"
 STATUS = {"ok": "FINISHED", "unsupported": "FINISHED", "interrupted": "KILLED"}
