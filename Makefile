@@ -18,7 +18,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 endif
 
-.PHONY: help demo test test-slow faults lint report ui install check-environment
+.PHONY: help demo test test-slow test-services faults lint report ui install check-environment
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -41,7 +41,10 @@ demo: $(READY) ## Measure the policy on a recorded observation: Pi0 with a GPU, 
 	@$(RUN) experiments/demo.py
 
 test: $(READY) ## The tests of every day, under 15 minutes on 2 cores
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not services"
+
+test-services: $(READY) ## A Ray cluster, submitit, MLflow on PostgreSQL, a sweep that is killed 50 times
+	$(RUN) -m pytest -m services
 
 test-slow: $(READY) ## Compilers, whole sweeps, installs
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m slow

@@ -242,7 +242,8 @@ def file_in_place(folder):
         pytest.param(["resume=perhaps"], ["resume", "'perhaps'"], marks=pytest.mark.slow),
         pytest.param(["track=3"], ["conf/config.yaml"], marks=pytest.mark.slow),
         pytest.param(["name=a/b"], ["'a/b'"], marks=pytest.mark.slow),
-        pytest.param(["subject=null"], ["subject is None"], marks=pytest.mark.slow),
+        pytest.param(["subject=null"], ["must be a string or a list"], marks=pytest.mark.slow),  # Hydra's words
+        pytest.param(["subject=nothing"], ["subject/nothing", "policy"], marks=pytest.mark.slow),
         pytest.param(["subject._target_=json.dumps"], ["json.dumps"], marks=pytest.mark.slow),
         (["subject._target_=nowhere.Nothing"], ["nowhere.Nothing"]),
         (["track.root={file_in_place}"], ["is a file where a folder must be"]),

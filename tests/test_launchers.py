@@ -107,7 +107,7 @@ def test_slurm_without_a_server_is_refused(tmp_path):
 # ---- whole sweeps
 
 
-@pytest.mark.slow
+@pytest.mark.services
 @pytest.mark.parametrize("launcher", [RAY, SUBMITIT], ids=["ray", "submitit_local"])
 def test_sweep_elsewhere(tmp_path, launcher):
     """Two good points, one that cannot run here, one that is refused, and one whose whole job is killed."""
@@ -132,7 +132,7 @@ def test_sweep_elsewhere(tmp_path, launcher):
     assert processes(tmp_path / "pi0exp-") == []
 
 
-@pytest.mark.slow
+@pytest.mark.services
 @pytest.mark.parametrize("launcher", [RAY, SUBMITIT], ids=["ray", "submitit_local"])
 def test_interrupt_ends_the_points(tmp_path, launcher):
     process = start(tmp_path, *TOY, "-m", *launcher, "+subject.fault=hang")
