@@ -166,7 +166,7 @@ def test_every_point_of_a_study_types_and_differs(study: str):
     for point in expanded:
         type_all(*point)
         plain = plain_config(*point)
-        stacks.append({section: plain[section] for section in (*GROUPS, "model", "workload", "measure")})
+        stacks.append({section: plain[section] for section in (*GROUPS, "subject", "model", "workload", "measure")})
     assert all(one != other for i, one in enumerate(stacks) for other in stacks[:i]), "two points are the same"
 
 
