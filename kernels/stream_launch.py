@@ -78,7 +78,7 @@ def product_launch(op: str, rows: int, weight: Tensor) -> Launch:
         return INTERPRETED_PRODUCT
     table = launches(arch)
     found = table.get(product_name(op, rows, weight))
-    if found is None and 16 < rows:
+    if found is None and rows > 16:
         found = table.get(product_name(op, 64, weight))
     return found if isinstance(found, Launch) else OTHERS
 
