@@ -155,9 +155,9 @@ def stream_attention(
         counters_ptr=counters, k_b=k_BSKH.stride(0), k_s=k_BSKH.stride(1), k_k=k_BSKH.stride(2), v_b=v_BSKH.stride(0),
         v_s=v_BSKH.stride(1), v_k=v_BSKH.stride(2), keys_b=keys.stride(0), keys_s=keys.stride(1), T=T, S=S, parts=parts,
         settled=settled, scale=scale, GROUP=N // K, HEADS_KV=K, H=H, HEAD=head, COLUMNS=launch.COLUMNS, BM=launch.BM,
-        BN=launch.BN, PADDED=triton.next_power_of_2(parts), TOGETHER=TOGETHER, HELD=launch.HELD, MASKED=keys_BS is not None,
-        BLIND=blind, HIDDEN=HIDDEN, PDL=pdl, UPCAST=INTERPRETED, num_warps=launch.num_warps, num_stages=1,
-        **({"launch_pdl": True} if pdl else {}),
+        BN=launch.BN, PADDED=triton.next_power_of_2(parts), TOGETHER=TOGETHER, HELD=launch.HELD,
+        MASKED=keys_BS is not None, BLIND=blind, HIDDEN=HIDDEN, PDL=pdl, UPCAST=INTERPRETED,
+        num_warps=launch.num_warps, num_stages=1, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out_BTNH
 
