@@ -12,7 +12,7 @@ import pi0exp
 
 _LINKED = ("kernels", "conf", "experiments")
 """Folders that are links in a checkout and plain folders in an installed package."""
-_SUFFIXES = (".py", ".csv")
+_SUFFIXES = (".py", ".csv", ".json")
 """Code, and the tables of tuned kernels that stand beside it."""
 
 

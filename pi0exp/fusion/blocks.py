@@ -2,8 +2,8 @@
 a step, a layer.
 
 `pi0exp.kernels.stream` has the scheme, each kernel's file its maths. A step is `stream_begin`, five launches a layer
-and `stream_end`; the embedding of the noisy actions before it stays with PyTorch. Every launch waits only where it needs
-what the one in front made, and equal inputs give equal bits.
+and `stream_end`; the embedding of the noisy actions before it stays with PyTorch. Every launch waits only where it
+needs what the one in front made, and equal inputs give equal bits.
 
 Against the plain model fewer values are rounded: the normed rows' shifts, the products before rotation, before the
 gated activation and before the residual sum, the gates, and the last normed row. None is rounded more often.
