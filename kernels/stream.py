@@ -5,7 +5,7 @@
        = (x' * (1 + scale)) v^T / rms(x') + shift v^T
 
 A norm is no kernel here: it needs whole rows, and a chain of kernels of 3 us has no room for one that waits for them.
-The product that makes x' has the columns: it also writes xs = x' * (1 + scale), and of every tile of columns the sum of
+The product that makes x' has the columns: it also writes xs = x' * (1 + scale), and of every SQUARES columns the sum of
 squares of each row (`squares`). The product that reads xs divides its rows by rms(x') in its epilogue, where a shift,
 which depends on the step alone, is a row `offset` = shift v^T. xs is rounded where the plain model rounds the normed
 row, to the same relative error; only the shift is added after the product and never rounded.
@@ -15,8 +15,8 @@ with `stream_begin` before the first layer and `stream_end` behind the last. All
 before waiting for the kernel in front, split sums are added in the order of K by the program that comes last, so equal
 inputs give equal bits. Weights, scales, offsets and tables of cosines must have been complete before the chain began.
 
-Shapes: B batch, T tokens, M = B T rows, D width of the residual stream, K width in, C rows of a weight, P tiles of
-columns (of `squares`), R rows of a tile of the weight; in a kernel M is the padded number of rows.
+Shapes: B batch, T tokens, M = B T rows, D width of the residual stream, K width in, C rows of a weight, P groups
+of columns (of `squares`), R rows of a tile of the weight; in a kernel M is the padded number of rows.
 """
 
 from typing import Any
@@ -29,6 +29,9 @@ from torch import Tensor
 from pi0exp.kernels.gemm_epilogue import DTYPES, arch_of
 from pi0exp.kernels.kernel import INTERPRETED, AheadOfTime, launchable, random, require
 from pi0exp.kernels.skinny_gemm import COUNTERS, MAX_ROWS, Launch, padded
+
+SQUARES = 16
+"""Columns of the residual stream whose squares are summed by one program, at most; tiles are multiples of it."""
 
 
 @triton.jit

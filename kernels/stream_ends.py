@@ -197,7 +197,7 @@ def _ahead(name: str, kernel: Any, own: dict[str, str], pdl: bool, **constants: 
     )  # fmt: skip
 
 
-_END_FIXED = {"A": 32, "BA": END["BA"], "TILES": 16, "PADDED": 16}
+_END_FIXED = {"A": 32, "BA": END["BA"], "TILES": 64, "PADDED": 64}
 _END_TYPES = {"y_ptr": "*fp32:16", "M": "i32", "T": "i32", "last": "i32", "eps": "fp32"}
 
 KERNELS = (
@@ -220,8 +220,8 @@ KERNELS = (
         stream_end,
         stream_end_reference,
         cases=(
-            _end_case("10 actions of 11 rows", 1, 11, 1024, 32, last=10, tiles=16),
-            _end_case("50 actions", 1, 50, 1024, 32, last=50, tiles=16, shift=True),
+            _end_case("10 actions of 11 rows", 1, 11, 1024, 32, last=10, tiles=64),
+            _end_case("50 actions", 1, 50, 1024, 32, last=50, tiles=64, shift=True),
             _end_case("small", 2, 3, 45, 5, last=2, tiles=3, shift=True, pi0=False, small=True),
             _end_case("small, float32", 1, 2, 32, 9, last=2, tiles=1, dtype=torch.float32, pi0=False, small=True),
         ),

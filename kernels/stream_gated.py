@@ -134,7 +134,7 @@ def _case(
 def _ahead(name: str, launch: Any, rows: int, **constants: Any) -> Any:
     types = {"squares_ptr": "*fp32:16", "offset_ptr": "*fp32:16", "y_ptr": "*bf16:16", "N": "i32:16", "eps": "fp32"}
     return compiled_stream(
-        name, stream_gated_kernel, launch, rows, 1024, types, TILES=16, PADDED=16, **constants
+        name, stream_gated_kernel, launch, rows, 1024, types, TILES=64, PADDED=64, **constants
     )  # fmt: skip
 
 
@@ -145,7 +145,7 @@ KERNELS = (
         stream_gated_reference,
         cases=(
             *(
-                _case(f"denoise, {T} rows", 1, T, 1024, 4096, tiles=16, offset=offset, pi0=True)
+                _case(f"denoise, {T} rows", 1, T, 1024, 4096, tiles=64, offset=offset, pi0=True)
                 for T, offset in ((11, False), (10, False), (51, False), (50, True))
             ),
             _case("small", 1, 3, 32, 96, tiles=2, small=True),

@@ -55,7 +55,7 @@ START: dict[str, dict[str, Launch | Attend]] = {
     # Small, with every branch: splits, held weights, several parts and columns.
     "cpu": {"stream_attention": Attend(16, 16, COLUMNS=2)},
 }
-INTERPRETED_PRODUCT = Launch(16, 32, SPLITS=2, HELD=True)
+INTERPRETED_PRODUCT, INTERPRETED_FLOAT32 = Launch(16, 32, SPLITS=2, HELD=True), Launch(32, 32)
 OTHER_ATTENTION = Attend(16, 32)
 FLOAT32_ATTENTION = Attend(16, 16)
 """Of float32 on every GPU: without matrix units its products are unrolled, so a larger tile spills registers."""
@@ -71,11 +71,11 @@ def attention_name(rows: int) -> str:
 
 def product_launch(op: str, rows: int, weight: Tensor) -> Launch:
     """The launch of a product; rows between 16 and 64 without an entry of their own take that of 64."""
-    if weight.dtype is torch.float32:
-        return FLOAT32
     arch = arch_of(weight.device)
     if arch == "cpu":
-        return INTERPRETED_PRODUCT
+        return INTERPRETED_FLOAT32 if weight.dtype is torch.float32 else INTERPRETED_PRODUCT
+    if weight.dtype is torch.float32:
+        return FLOAT32
     table = launches(arch)
     found = table.get(product_name(op, rows, weight))
     if found is None and rows > 16:

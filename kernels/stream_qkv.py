@@ -209,7 +209,7 @@ _TYPES = {
     **dict.fromkeys(("cos_B", "cos_T", "sin_B", "sin_T", "k_B", "k_S", "k_K", "v_B", "v_S", "v_K"), "i32:16"),
     **{"T": "i32", "start": "i32", "eps": "fp32"},
 }
-_FIXED = {"HEADS": 8, "HEADS_KV": 1, "HALF": 128, "TILES": 16, "PADDED": 16}
+_FIXED = {"HEADS": 8, "HEADS_KV": 1, "HALF": 128, "TILES": 64, "PADDED": 64}
 
 
 def _ahead(name: str, launch: Any, rows: int, **constants: Any) -> Any:
@@ -223,10 +223,10 @@ KERNELS = (
         stream_qkv_reference,
         cases=(
             *(
-                _case(f"denoise {T} behind {S}", 1, T, 1024, 8, 1, 256, room=(S + T, S), tiles=16, offset=o, pi0=True)
+                _case(f"denoise {T} behind {S}", 1, T, 1024, 8, 1, 256, room=(S + T, S), tiles=64, offset=o, pi0=True)
                 for T, S, o in ((11, 788, False), (10, 789, False), (51, 788, False), (50, 968, True))
             ),
-            _case("batch of 2, 40 rows", 2, 20, 1024, 8, 1, 256, room=(830, 788), tiles=16, turns=2),
+            _case("batch of 2, 40 rows", 2, 20, 1024, 8, 1, 256, room=(830, 788), tiles=64, turns=2),
             _case("small", 1, 3, 32, 8, 1, 32, room=(7, 2), tiles=2, small=True),
             _case("small, batch, offset", 2, 3, 40, 2, 2, 20, room=(5, 0), tiles=3, turns=2, offset=True, small=True),
             _case("small, float32", 2, 2, 40, 2, 1, 36, room=(4, 1), tiles=3, offset=True, dtype=torch.float32,

@@ -2,9 +2,9 @@
 
     x' = x + gate * (h w^T)                kept in the dtype of x
     xs = x' * (1 + scale)                  of x' as it is kept, rounded once more
-    squares[p, m] = sum of x'[m, n]^2      over the columns n of tile p, of x' before it is rounded
+    squares[p, m] = sum of x'[m, n]^2      over the SQUARES columns n of group p, of x' before it is rounded
 
-The norm's scheme, and the axes' letters, stand in `stream`. How many tiles there are is the launch's choice.
+The norm's scheme, and the axes' letters, stand in `stream`.
 """
 
 from functools import partial
@@ -19,7 +19,7 @@ from torch.library import triton_op
 
 from pi0exp.kernels.kernel import Case, Kernel, random, require, wide
 from pi0exp.kernels.skinny_gemm import OTHERS, Launch, summed
-from pi0exp.kernels.stream import check_vector, compiled_stream, counters_on, launch_stream, rows_of
+from pi0exp.kernels.stream import SQUARES, check_vector, compiled_stream, counters_on, launch_stream, rows_of
 from pi0exp.kernels.stream_launch import START, product_launch
 
 
@@ -39,14 +39,13 @@ def stream_residual_reference(
     wide_BTD = x_BTD.to(dtype) + branch_BTD
     sum_BTD = wide_BTD.to(x_BTD.dtype)
     xs_BTD = (sum_BTD.to(dtype) * (1.0 + scale_D)).to(x_BTD.dtype)
-    width = product_launch("stream_residual", h_BTK.shape[0] * h_BTK.shape[1], weight_DK).BN
-    return sum_BTD, xs_BTD, squares_reference(wide_BTD, width)
+    return sum_BTD, xs_BTD, squares_reference(wide_BTD, SQUARES)
 
 
 @triton.jit
 def stream_residual_kernel(
     x_ptr, weight_ptr, parts_ptr, counters_ptr, residual_ptr, gate_ptr, scale_ptr, sum_ptr, xs_ptr, squares_ptr,
-    M, K, N,
+    M, K, N, SQUARES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr, SPLITS: tl.constexpr,
     GROUPS: tl.constexpr, HELD: tl.constexpr, X_LEFT: tl.constexpr, PDL: tl.constexpr, EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -72,7 +71,11 @@ def stream_residual_kernel(
         tl.store(sum_ptr + at, rounded, mask=inside)
         scale = 1.0 + tl.load(scale_ptr + n_1N, mask=n_1N < N, other=0.0).to(tl.float32)
         tl.store(xs_ptr + at, (rounded.to(tl.float32) * scale).to(kind), mask=inside)
-        tl.store(squares_ptr + tl.program_id(0) * M + m_M, tl.sum(x * x, axis=1), mask=m_M < M)
+        GROUP_COUNT: tl.constexpr = BN // SQUARES
+        squares_MG = tl.sum(tl.reshape(x * x, (BM, GROUP_COUNT, SQUARES)), axis=2)
+        group_1G = (tl.program_id(0) * GROUP_COUNT + tl.arange(0, GROUP_COUNT))[None, :]
+        inside = (m_M < M)[:, None] & (group_1G * SQUARES < N)
+        tl.store(squares_ptr + group_1G * M + m_M[:, None], squares_MG, mask=inside)
 
 
 @triton_op("pi0exp::stream_residual", mutates_args=("counters",))
@@ -93,11 +96,12 @@ def stream_residual(
     launch = product_launch("stream_residual", B * T, weight_DK)
     tiles = triton.cdiv(D, launch.BN)
     sum_BTD, xs_BTD = torch.empty_like(x_BTD), torch.empty_like(x_BTD)
-    squares_PM = x_BTD.new_empty((tiles, B * T), dtype=torch.float32)
+    require(launch.BN % SQUARES == 0, f"a tile of {launch.BN} columns is no multiple of {SQUARES}")
+    squares_PM = x_BTD.new_empty((triton.cdiv(D, SQUARES), B * T), dtype=torch.float32)
     launch_stream(
         stream_residual_kernel, launch, h_MK, weight_DK, counters, tiles, launch.BN,
         residual_ptr=x_BTD, gate_ptr=gate_D, scale_ptr=scale_D, sum_ptr=sum_BTD, xs_ptr=xs_BTD, squares_ptr=squares_PM,
-        N=D,
+        N=D, SQUARES=SQUARES,
     )  # fmt: skip
     return sum_BTD, xs_BTD, squares_PM
 
@@ -131,7 +135,7 @@ def _case(
 def _ahead(name: str, launch: Any, rows: int, K: int, **constants: Any) -> Any:
     types = dict.fromkeys(("residual_ptr", "sum_ptr", "xs_ptr"), "*bf16:16") | {"N": "i32:16"}
     types |= dict.fromkeys(("gate_ptr", "scale_ptr", "squares_ptr"), "*fp32:16")
-    return compiled_stream(name, stream_residual_kernel, launch, rows, K, types, **constants)
+    return compiled_stream(name, stream_residual_kernel, launch, rows, K, types, SQUARES=SQUARES, **constants)
 
 
 KERNELS = (

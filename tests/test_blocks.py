@@ -41,17 +41,13 @@ interprets = pytest.mark.skipif(
     reason=f"the interpreter of triton {triton.__version__} needs numpy < 2.4",
 )
 OBSERVATIONS = {
-    "full": {"lengths": (8,)},
+    "full": {"lengths": (8,)},  # and of one camera only
     "no prompt": {"cameras": ((1, 0, 0),), "lengths": (0,)},
     "masked differently": {"cameras": ((1, 0, 1), (0, 0, 1)), "lengths": (6, 3)},
 }
 HORIZONS = {"full": 3, "no prompt": 1, "masked differently": 2}
-RIGHT = [
-    ("tiny", "full"),
-    ("tiny", "masked differently"),
-    ("tiny_pi05", "no prompt"),
-    ("tiny_pi05", "masked differently"),
-]
+RIGHT = [("tiny", "full"), ("tiny", "masked differently"), ("tiny_pi05", "no prompt")]
+THOROUGH = [("tiny_pi05", "masked differently"), ("tiny", "no prompt")]
 GOLDEN = ("tiny_pi0_mixed3_bf16", "tiny_pi05_a1_bf16")
 VERIFIED = [("tiny", "workload=masked"), ("tiny_pi05",)]
 
@@ -107,8 +103,8 @@ FAULTS: dict[str, Callable[[Policy], None]] = {
     "room": wrong_room,
     "masks": forgets_masks,
 }
-WRONG = [("tiny", "full", "norm"), ("tiny_pi05", "full", "offset"), ("tiny", "full", "room"),
-         ("tiny", "masked differently", "masks")]  # fmt: skip
+WRONG = [("tiny", "full", "norm"), ("tiny_pi05", "no prompt", "offset")]
+WRONG_SLOWLY = [("tiny", "full", "room"), ("tiny", "masked differently", "masks")]
 
 
 # ---- the process that interprets
@@ -117,6 +113,7 @@ WRONG = [("tiny", "full", "norm"), ("tiny_pi05", "full", "offset"), ("tiny", "fu
 def error(model: str, observation: str, spoil: Callable[[Policy], None] = lambda policy: None) -> float:
     """The largest relative L2 error of the actions in float32 against float64, over the rows of the observation."""
     given, actions = tiny_observation(**OBSERVATIONS[observation]), []
+    given = given.only_cameras(["left_wrist_0_rgb"]) if observation == "full" else given
     for precision in (FP32_TRUTH, FP32):
         policy = tiny_policy(model == "tiny_pi05", precision, horizon=HORIZONS[observation], num_steps=2)
         if precision is FP32:
@@ -138,7 +135,7 @@ def golden(case: str) -> list[str]:
 def repeated() -> bool:
     """Whether the same inputs give the same bits, with another input between."""
     policy = streamed(tiny_policy(precision=BF16, horizon=2, num_steps=1))
-    one, other = tiny_observation(), tiny_observation(seed=1)
+    one, other = (tiny_observation(seed=seed).only_cameras([]) for seed in (0, 1))
     first = policy.sample_actions(one, noise_for(policy, one))
     policy.sample_actions(other, noise_for(policy, other))
     return torch.equal(first, policy.sample_actions(one, noise_for(policy, one)))
@@ -191,20 +188,30 @@ def interpreted(request) -> dict[tuple[str, ...], Any]:
     return {tuple(point): found for point, found in map(json.loads, done.stdout.splitlines())}
 
 
+def points(kind: str, quick: list[tuple[str, ...]], thorough: list[tuple[str, ...]]) -> list[Any]:
+    return [
+        *(pytest.param((kind, *point), id=" ".join((kind, *point))) for point in quick),
+        *(pytest.param((kind, *point), id=" ".join((kind, *point)), marks=pytest.mark.slow) for point in thorough),
+    ]
+
+
 @interprets
-@pytest.mark.parametrize("point", [*(("right", *point) for point in RIGHT), ("many rows",)], ids=" ".join)
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("point", [*points("right", RIGHT, THOROUGH), *points("many rows", [], [()])])
 def test_actions_are_the_same(point, interpreted):
     assert interpreted[point] <= FP32_LIMIT
 
 
 @interprets
-@pytest.mark.parametrize("point", [("wrong", *point) for point in WRONG], ids=" ".join)
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("point", points("wrong", WRONG, WRONG_SLOWLY))
 def test_what_a_step_loses_is_found(point, interpreted):
     assert interpreted[point] > FP32_LIMIT
 
 
 @interprets
-@pytest.mark.parametrize("point", [("repeated",)], ids=" ".join)
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("point", points("repeated", [()], []))
 def test_equal_inputs_give_equal_bits(point, interpreted):
     assert interpreted[point] is True
 
@@ -229,7 +236,7 @@ CLASHES = [
     (["attention=sdpa", "attention.denoise=triton"], [f"{ALONE} leave attention.denoise alone"]),
     (["gemm=triton", "gemm.denoise=blas"], []),
     (["gemm=triton"], [f"{ALONE} gemm.denoise must be blas"]),
-    (["gemm.denoise=tunable"], [f"{ALONE} gemm.denoise must be blas"]),
+    (["gemm.denoise=triton"], [f"{ALONE} gemm.denoise must be blas"]),
     (["compile_mode=default"], [f"{ALONE} compile_mode.denoise must be none"]),
     (["precision=fp8"], [f"{ALONE} precision=fp8 must keep denoise in bf16 (precision.keep=[denoise])"]),
     (["precision=fp8", "precision.keep=[denoise]"], []),
