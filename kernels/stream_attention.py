@@ -24,6 +24,7 @@ from pi0exp.kernels.attention import HIDDEN, attend_reference
 from pi0exp.kernels.attention_cases import GEMMA, Heads, attention_case
 from pi0exp.kernels.attention_launch import check_arguments
 from pi0exp.kernels.kernel import INTERPRETED, AheadOfTime, Case, Kernel, launchable, require
+from pi0exp.kernels.skinny_gemm import Launch
 from pi0exp.kernels.stream import check_counters, counters_on, dependent
 from pi0exp.kernels.stream_launch import OTHER_ATTENTION, START, Attend, attention_launch
 
@@ -175,7 +176,8 @@ def _case(name: str, heads: Heads, *, T: int, S: int, settled: int, **more: Any)
     return Case(case.name, make, case.flops, case.bytes_moved, case.pi0, case.small, case.mutates, case.terms)
 
 
-def _ahead(name: str, launch: Attend, **constants: Any) -> AheadOfTime:
+def _ahead(name: str, launch: Launch | Attend, **constants: Any) -> AheadOfTime:
+    assert isinstance(launch, Attend)
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*bf16:16") | {"keys_ptr": "*i1:16"}
     types |= {"acc_ptr": "*fp32:16", "stats_ptr": "*fp32:16", "counters_ptr": "*i32:16", "scale": "fp32"}
     types |= dict.fromkeys(("k_b", "k_s", "k_k", "v_b", "v_s", "v_k"), "i32:16")

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -199,6 +200,7 @@ class Chain:
             x, xs, squares = stream_residual(mixed.flatten(2), out, x, None, scale, counters)
             hidden = stream_gated(xs, squares, gate_up, None, 1e-6, counters)
             x, xs, squares = stream_residual(hidden, down, x, None, scale, counters)
+        assert isinstance(x, Tensor)
         return x
 
 
@@ -287,7 +289,7 @@ def tune(rows: Sequence[int], device: torch.device) -> dict[str, Any]:
         }
         chain = Chain(M, device)
         start = {name: launches[0] for name, launches in tried.items()}
-        best, evidence = descend(start, tried, lambda variants, chain=chain: medians_ms(chain, table, variants))
+        best, evidence = descend(start, tried, partial(medians_ms, chain, table))
         table.update(best)
         begin, tuned, without = medians_ms(
             chain, table, [start, best, {name: plain(one) for name, one in best.items()}]

@@ -16,7 +16,7 @@ Shapes: B batch, S cached tokens, T suffix tokens, C action horizon, A action di
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -129,7 +129,7 @@ class Stream:
         tokens_BTD, cond = model.embed_suffix(x_BCA, moment, context.state_BA)
         mask = model.mask_suffix(context.valid_BS, T, context.full, context.state_BA is not None)
         rotation = context.rotation or model.rope(suffix_positions(context.valid_BS, T), model.precision.activations)
-        blocks: list[GemmaBlock] = list(model.expert.blocks)  # type: ignore[arg-type]
+        blocks = layers_of(model)
         norms = own_norms(model) if cond is None else modulated_norms(model, cond)
         # The state token's keys may be those that the first step has just written; all others are the prefill's.
         settled = context.cache[0].k_BSKH.shape[1] - model.config.suffix_prelude
@@ -187,17 +187,22 @@ class Stream:
 # ---- the norms of a step
 
 
+def layers_of(model: Pi0) -> list[GemmaBlock]:
+    """The blocks of the expert."""
+    return cast(list[GemmaBlock], list(model.expert.blocks))
+
+
 def own_norms(model: Pi0) -> Norms:
     """Pi0's: weights of their own, the same in every step."""
-    blocks = model.expert.blocks
-    scales = [norm.weight for block in blocks for norm in (block.norm1, block.norm2)]
-    nothing = [None] * len(scales)
-    return Norms([*scales, model.expert.norm.weight], nothing, nothing, None)
+    norms = [norm for block in layers_of(model) for norm in (block.norm1, block.norm2)]
+    scales = [cast(Tensor, norm.weight) for norm in (*norms, model.expert.norm)]
+    nothing = [None] * len(norms)
+    return Norms(scales, nothing, nothing, None)
 
 
 def modulated_norms(model: Pi0, cond: Tensor) -> Norms:
     """Pi0.5's, from the row that `tabulate_offsets` made for the step."""
-    blocks, width = model.expert.blocks, model.config.expert.width
+    blocks, width = layers_of(model), model.config.expert.width
     of_norms, *offsets = cond.split(
         [modulation_values(model)] + [one for block in blocks for one in offset_sizes(block)]
     )  # fmt: skip
