@@ -18,7 +18,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.installed
 endif
 
-.PHONY: help demo test test-slow lint types ui install check-environment
+.PHONY: help demo test test-slow faults lint report ui install check-environment
 .DEFAULT_GOAL := help
 
 help: ## Show this help
@@ -46,10 +46,18 @@ test: $(READY) ## The tests of every day, under 15 minutes on 2 cores
 test-slow: $(READY) ## Compilers, whole sweeps, installs
 	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m slow
 
+FAULTS := tests/test_fault_table.py tests/test_faults.py tests/test_lost_store.py tests/test_killed.py tests/test_faults_gpu.py
+faults: $(READY) ## Inject every fault, then write what came of them to docs/faults.md
+	$(RUN) -m pytest $(FAULTS) --deselect tests/test_fault_table.py::test_committed_table_is_that_of_the_suite
+	$(RUN) tests/faults.py --write docs/faults.md
+
 lint: $(READY) ## Format, lint and types, as CI checks them
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
+
+report: $(READY) ## build/report/index.html: every study, its answer, tables and plots, beside published figures
+	@$(RUN) -m pi0exp.report --html build/report
 
 ui: $(READY) ## Compare runs in MLflow, http://127.0.0.1:5000
 	$(RUN) -m mlflow ui --workers 1 --backend-store-uri sqlite:///mlruns/mlflow.db

@@ -23,6 +23,7 @@ NEEDED = {
     "matplotlib": "matplotlib",
     "psutil": "psutil",
     "scipy": "scipy",
+    "jinja2": "jinja2",
     "pytest": "pytest",
     "pytest_timeout": "pytest-timeout",
     "xdist": "pytest-xdist",

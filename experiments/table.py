@@ -7,10 +7,12 @@ options is ever typed by hand:
     checks STUDY        the same without, for points that shared a GPU while they were measured
     card STUDY/KEY      the card of one point
     kernels FILE        experiments/times/FILE.json, which `python -m pi0exp.kernels.bench --json` writes
-    rewrites FILE       the same, which `python experiments/rewrites.py` writes
+    resolution FILE     the same, which `python experiments/resolution.py` writes
     attention FILE      the same, which `python experiments/sweeps/attention.py` writes; gemm and norms alike
     chain FILE          the same, which `python experiments/skinny_chain.py` writes
     conf TABLE          what conf/ holds: options, stacks, inputs, switches
+    answers all         every study: question, last answer, date, and where its table is
+    plot STUDY          docs/STUDY.svg, which `python -m pi0exp.report --write` makes, and the answer
 
 `python experiments/table.py KIND NAME` prints one.
 """
@@ -24,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pi0exp.experiments.tables import benches, conf, points, sweeps
+from pi0exp.experiments.tables import answers, benches, conf, points, sweeps
 
 CONF = {"options": conf.options, "stacks": conf.stacks, "inputs": conf.inputs, "switches": conf.switches}
 KINDS: dict[str, Callable[[str], str]] = {
@@ -32,12 +34,14 @@ KINDS: dict[str, Callable[[str], str]] = {
     "checks": points.checks,
     "card": points.point_card,
     "kernels": benches.kernels,
-    "rewrites": benches.rewrites,
+    "resolution": benches.resolution,
     "attention": sweeps.attention,
     "gemm": sweeps.gemm,
     "norms": sweeps.norms,
     "chain": sweeps.chain,
     "conf": lambda name: CONF[name](),
+    "answers": answers.answers,
+    "plot": answers.plot,
 }
 BLOCK = re.compile(r"(?P<start><!-- (?P<kind>\w+) (?P<name>\S+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 

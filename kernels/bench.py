@@ -17,6 +17,7 @@ import json
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,11 +25,13 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from pi0exp.ceilings import burst_ceilings
+from pi0exp.errors import UserError
+from pi0exp.gpu_lock import taken_here
 from pi0exp.kernels.kernel import INTERPRETED, Case, Comparison, Kernel, arguments_of, check, discover
 from pi0exp.machine import this_machine
 from pi0exp.measure import fingerprint
@@ -86,7 +89,16 @@ class Row:
         return median(found.samples_us) if found and found.samples_us else None
 
 
-def least_us(case: Case, ceilings: Ceilings) -> float:
+class Work(Protocol):
+    """A case, or whatever else has a least work."""
+
+    @property
+    def flops(self) -> float: ...
+    @property
+    def bytes_moved(self) -> float: ...
+
+
+def least_us(case: Work, ceilings: Ceilings) -> float:
     """The case's least work at the ceilings, whichever of memory and arithmetic takes longer."""
     return 1e6 * max(case.bytes_moved / ceilings.bytes_per_s, case.flops / ceilings.flops_per_s)
 
@@ -96,7 +108,7 @@ def set_count(bytes_moved: float, l2_bytes: int) -> int:
     return 8 if bytes_moved <= l2_bytes else max(2, math.floor(3 * l2_bytes / bytes_moved) + 1)
 
 
-def call_count(case: Case, sets: int, ceilings: Ceilings, replay_us: float) -> int:
+def call_count(case: Work, sets: int, ceilings: Ceilings, replay_us: float) -> int:
     """Calls in a graph: a multiple of the sets, for `replay_us` if the case took its least time."""
     return sets * math.ceil(replay_us / max(least_us(case, ceilings), _LEAST_US) / sets)
 
@@ -112,7 +124,7 @@ def contestants(kernel: Kernel, compiled: bool) -> dict[str, Callable[..., Any]]
 def measure(kernel: Kernel, case: Case, device: torch.device, settings: Settings, ceilings: Ceilings) -> Row:
     """Checks, then times, every contestant on one case."""
     torch.compiler.reset()  # every case is compiled for itself, however many there are
-    sets = set_count(case.bytes_moved, torch.cuda.get_device_properties(device).L2_cache_size)
+    sets = set_count(case.bytes_moved, l2_bytes(device))
     calls = call_count(case, sets, ceilings, settings.replay_us)
     all_calls = contestants(kernel, settings.compiled)
     row = Row(kernel.name, case.name, case.flops, case.bytes_moved, sets, calls, [Contestant(n) for n in all_calls])
@@ -133,6 +145,11 @@ def measure(kernel: Kernel, case: Case, device: torch.device, settings: Settings
     return row
 
 
+def l2_bytes(device: torch.device) -> int:
+    """Of the GPU's L2 cache; 0 for a CPU."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+
+
 @contextmanager
 def recorded(contestant: Contestant) -> Iterator[None]:
     """An error of one contestant is kept, with its traceback on stderr, and the others go on."""
@@ -145,8 +162,21 @@ def recorded(contestant: Contestant) -> Iterator[None]:
         contestant.state, contestant.reason = "error", f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+class Loop:
+    """Calls on the sets in turn, one by one: what stands in the place of a graph on a CPU."""
+
+    def __init__(self, call: Callable[..., Any], sets: list[tuple[Any, ...]], calls: int) -> None:
+        self.call, self.sets, self.calls = call, sets, calls
+
+    def replay(self) -> None:
+        for i in range(self.calls):
+            self.call(*self.sets[i % len(self.sets)])
+
+
 def captured(call: Callable[..., Any], sets: list[tuple[Any, ...]], calls: int, device: torch.device) -> Any:
     """A CUDA graph of `calls` calls on the sets in turn, after all of them have run once outside."""
+    if device.type != "cuda":
+        return Loop(call, sets, calls)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -162,6 +192,10 @@ def captured(call: Callable[..., Any], sets: list[tuple[Any, ...]], calls: int, 
 
 def sample_us(graph: Any, device: torch.device) -> float:
     """Microseconds of a replay, behind another that keeps the device busy while this one is being launched."""
+    if device.type != "cuda":
+        start_s = time.perf_counter()
+        graph.replay()
+        return 1e6 * (time.perf_counter() - start_s)
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     graph.replay()
     start.record()
@@ -245,6 +279,16 @@ def main(arguments: list[str]) -> int:
     if given.json is not None and not given.json.absolute().parent.is_dir():
         print(f"--json {given.json}: its folder does not exist", file=sys.stderr)
         return CONFIG_ERROR
+    try:
+        with taken_here(not INTERPRETED, lambda text: print(text, file=sys.stderr, flush=True)):
+            return bench(given, known)
+    except UserError as error:
+        print(f"pi0exp.kernels.bench: {error}", file=sys.stderr)
+        return CONFIG_ERROR
+
+
+def bench(given: argparse.Namespace, known: dict[str, Kernel]) -> int:
+    """The command, with a GPU for itself alone. Returns the exit code."""
     if INTERPRETED or not torch.cuda.is_available():
         why = "TRITON_INTERPRET=1 runs kernels on the CPU" if INTERPRETED else "torch can use none here"
         print(f"pi0exp.kernels.bench needs a GPU, and {why}", file=sys.stderr)
@@ -252,9 +296,9 @@ def main(arguments: list[str]) -> int:
     settings, device = QUICK if given.quick else Settings(), torch.device("cuda", 0)
     ceilings = burst_ceilings(torch.bfloat16, device, settings.ceilings_s)
     torch.cuda.empty_cache()
-    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    cache = l2_bytes(device)
     print(f"{torch.cuda.get_device_name(device)}: copy {ceilings.bytes_per_s / 1e12:.2f} TB/s, "
-          f"matrix product {ceilings.flops_per_s / 1e12:.0f} TFLOP/s, L2 {l2_bytes / 2**20:.0f} MiB")  # fmt: skip
+          f"matrix product {ceilings.flops_per_s / 1e12:.0f} TFLOP/s, L2 {cache / 2**20:.0f} MiB")  # fmt: skip
     print(HEADER, flush=True)
     rows: list[Row] = []
     for name in given.names or known:
@@ -262,7 +306,7 @@ def main(arguments: list[str]) -> int:
             rows.append(measure(known[name], case, device, settings, ceilings))
             print(line(rows[-1], ceilings), flush=True)
             if given.json is not None:
-                write(given.json, report(rows, ceilings, l2_bytes, settings, sys.orig_argv))
+                write(given.json, report(rows, ceilings, cache, settings, sys.orig_argv))
     return exit_code(rows)
 
 

@@ -23,10 +23,6 @@ from pi0exp.result import CONFIG_ERROR, Outcome
 def job(cfg: DictConfig) -> dict[str, Any]:
     """One point. Whatever is wrong with it is told here, so that a sweep goes on to its next point."""
     node = HydraConfig.get()
-    try:
-        compose.check_study(node)
-    except UserError as error:
-        sys.exit(refused(error))  # all points alike
     chosen = compose.choices(node)
     given = chosen | compose.overridden(node)
     try:

@@ -43,6 +43,8 @@ def import_mlflow() -> None:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It logs what SQL raises with the whole traceback, and raises it: `told` says it once, in one line.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 
 
 def reach(url: "URL") -> None:
@@ -65,7 +67,20 @@ def told(name: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
-        raise UserError(f"{name}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        words = str(_database_error(error) or error) or type(error).__name__
+        raise UserError(f"{name}: {words.splitlines()[0]}") from error
+
+
+def _database_error(error: BaseException) -> BaseException | None:
+    """What the database itself said, below what SQLAlchemy and MLflow made of it; None where it was not asked."""
+    from sqlalchemy.exc import DBAPIError
+
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, DBAPIError) and cause.orig is not None:
+            return cause.orig
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def prepare(url: "URL", root: Path | None) -> Path:

@@ -92,6 +92,8 @@ class Breakdown:
             made |= {
                 "gpu/idle_share": 1 - self.busy_ms / self.span_ms,
                 "gpu/overlap_share": self.overlap_ms / self.span_ms,
+                # More than 1 by what runs beside another slice.
+                "gpu/accounted_share": (self.kernels_ms + self.span_ms - self.busy_ms) / self.span_ms,
             }
         for stage, values in self.stages.items():
             made |= {f"kernels_ms_{stage}/{name}": value for name, value in values.items() if value}

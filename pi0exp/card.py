@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pi0exp.config import GROUPS
+from pi0exp.title import word
 
 CONSOLE_WIDTH = 100
 
@@ -41,6 +42,7 @@ ROWS = {
     "warm_up": "warm-up",
     "median": "median",
     "clocks": "clocks",
+    "clocks_loaded": "under load",
     "processes": "others on GPU",
     "power": "power from",
     "ceilings": "ceilings",
@@ -98,17 +100,6 @@ def asked(params: dict[str, str]) -> list[tuple[str, str]]:
     return rows + _sections({name: value for name, value in params.items() if name not in stack})
 
 
-def word(name: str, value: str) -> str:
-    """An option or a setting as on the command line, but +batch_cameras for fusion.rewrites.batch_cameras=true."""
-    rewrite = name.removeprefix("fusion.rewrites.")
-    if rewrite != name and value in _SIGNS:
-        return _SIGNS[value] + rewrite
-    return f"{name}={value}"
-
-
-_SIGNS = {"true": "+", "false": "-"}
-
-
 def _sections(params: dict[str, str]) -> list[tuple[str, str]]:
     """One row a section: the option's name, then its settings."""
     rows: dict[str, list[str]] = {}
@@ -142,7 +133,8 @@ def _error(record: dict[str, Any]) -> str:
     metrics = record["metrics"]
     plain = {name.removeprefix("error/rel_l2_plain_"): value for name, value in metrics.items() if "_plain_" in name}
     own = ", ".join(f"plain {precision} {value:.2e}" for precision, value in plain.items())
-    return f"rel L2 {metrics['error/rel_l2']:.2e} of the actions ({own}), declared {record['numerics']}"
+    of = "results" if "subject" in record["params"] else "actions"
+    return f"rel L2 {metrics['error/rel_l2']:.2e} of the {of} ({own}), declared {record['numerics']}"
 
 
 def table(rows: list[dict[str, Any]]) -> Table:

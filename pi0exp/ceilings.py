@@ -16,6 +16,7 @@ import torch
 
 from pi0exp.ceilings_file import CeilingsFile, Rate, fresh
 from pi0exp.errors import UnsupportedError, UserError
+from pi0exp.gpu_lock import taken_here
 from pi0exp.machine import Machine, this_machine
 from pi0exp.rates import COPY, best_seconds, measure_all, measure_rate, work_of
 from pi0exp.result import CONFIG_ERROR, Outcome
@@ -100,12 +101,17 @@ def table(rates: dict[str, Rate]) -> str:
     return "\n".join(lines)
 
 
+def tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pi0exp.ceilings",
         description="Measure what this GPU reaches on a large copy and on matrix products, and keep it for the runs to"
         " come.",
-        epilog="Example: python -m pi0exp.ceilings --show --json",
+        epilog="example: python -m pi0exp.ceilings --show --json    exit codes: 0; 2 for a file that cannot be read or"
+        " written, or nothing to show; 3 without a GPU",
     )
     parser.add_argument("--show", action="store_true", help="what is kept for this machine; measures nothing")
     parser.add_argument("--json", action="store_true", help="as one JSON object")
@@ -115,18 +121,19 @@ def main(arguments: list[str] | None = None) -> int:
         if given.seconds < 0:
             raise UserError(f"--seconds is {given.seconds}; it must not be negative")
         machine, file = this_machine(), CeilingsFile.default()
-        if not machine.has_gpu or not torch.cuda.is_available():
-            raise UnsupportedError(
-                f"there is no GPU that torch {torch.__version__} can use; a CPU has no ceilings here"
-            )
         device = torch.device("cuda", 0)
-        owner = owner_of(machine, device)
-        if given.show:
-            if not (rates := file.rates(owner)):
-                raise UserError(f"{file.path} holds no rates of this machine: run python -m pi0exp.ceilings")
-        else:
-            rates = measure_all(device, given.seconds, lambda text: print(text, file=sys.stderr, flush=True))
-            file.keep(owner, rates)
+        with taken_here(not given.show, tell):
+            if not machine.has_gpu or not torch.cuda.is_available():
+                raise UnsupportedError(
+                    f"there is no GPU that torch {torch.__version__} can use; a CPU has no ceilings here"
+                )
+            owner = owner_of(machine, device)
+            if given.show:
+                if not (rates := file.rates(owner)):
+                    raise UserError(f"{file.path} holds no rates of this machine: run python -m pi0exp.ceilings")
+            else:
+                rates = measure_all(device, given.seconds, tell)
+                file.keep(owner, rates)
     except UnsupportedError as error:
         print(f"pi0exp.ceilings: {error}", file=sys.stderr)
         return Outcome.UNSUPPORTED.exit_code

@@ -14,9 +14,9 @@ from rich.table import Table
 
 from pi0exp import interrupts, intervals
 from pi0exp.card import aligned, console
-from pi0exp.comparison import Comparison, compare, interleaved, ratio_text
+from pi0exp.comparison import HEADLINE, Comparison, Row, compare, interleaved, ratio_text
 from pi0exp.errors import UserError
-from pi0exp.operands import Operands, comparable
+from pi0exp.operands import Operands, Point, comparable
 from pi0exp.result import CONFIG_ERROR, Outcome
 
 EPILOG = f"""examples:
@@ -64,18 +64,21 @@ def stored(operands: Operands, a: str, b: str, margin: float) -> tuple[list[Comp
         raise UserError(f"{a} is a {kind_a} and {b} a {kind_b}: compare two points, or two studies")
     if kind_a == "point":
         return [compare(points_a[0], points_b[0], margin)], []
-    others = [(comparable(point.record["experiment"]), point) for point in points_b]
     made, alone = [], []
     for point in points_a:
-        mine = comparable(point.record["experiment"])
-        same = [other for experiment, other in others if experiment == mine]
+        same = [other for other in points_b if same_point(point, other)]
+        # A study of several GPUs has a point once on each; with one that has another GPU it is compared across.
+        same = [other for other in same if other.known[0].gpu == point.known[0].gpu] or same
         made += [compare(point, other, margin) for other in same]
         alone += [] if same else [f"only in {a}: {point.name}"]
-    found = [comparable(point.record["experiment"]) for point in points_a]
-    alone += [f"only in {b}: {point.name}" for experiment, point in others if experiment not in found]
+    alone += [f"only in {b}: {other.name}" for other in points_b if not any(same_point(one, other) for one in points_a)]
     if not made:
         raise UserError(f"{a} and {b} have no point in common; name two points to compare different ones")
     return made, alone
+
+
+def same_point(a: Point, b: Point) -> bool:
+    return comparable(a.record["experiment"]) == comparable(b.record["experiment"])
 
 
 def rerun(operands: Operands, a: str, b: str, rounds: int, margin: float) -> tuple[Comparison, Outcome]:
@@ -104,11 +107,11 @@ def show(one: Comparison) -> None:
     screen.print()
     metrics = _table(("metric", "A", "B", "B / A", "verdict on B"))
     for line in one.rows:
-        ratio = "" if line.interval is None else ratio_text(line.interval).removeprefix("ratio ")
-        metrics.add_row(line.name, _number(line.a), _number(line.b), ratio, line.verdict)
+        metrics.add_row(line.name, _number(line.a), _number(line.b), _ratio(line), line.verdict)
     screen.print(metrics, markup=False)
     lines: list[tuple[str, str]] = []
-    for name, (first, second) in (("outcome", one.outcomes), ("fidelity", one.fidelity)):
+    places = (", ".join(one.where[0]), ", ".join(one.where[1]))
+    for name, (first, second) in (("measured", places), ("outcome", one.outcomes), ("fidelity", one.fidelity)):
         lines += [(name, f"A {first}"), ("", f"B {second}")]
     screen.print(aligned([("", ""), *lines, ("verdict", one.text)]), markup=False, end="\n\n")
 
@@ -118,6 +121,10 @@ def _table(columns: tuple[str, ...]) -> Table:
     for name in columns:
         made.add_column(name, overflow="fold", no_wrap=name == columns[0])
     return made
+
+
+def _ratio(row: Row) -> str:
+    return "" if row.interval is None else ratio_text(row.interval).removeprefix("ratio ")
 
 
 def _number(value: float | None) -> str:
@@ -137,9 +144,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if given.rounds is not None and (not given.rerun or given.rounds < intervals.ROUNDS):
             raise UserError(f"--rounds {given.rounds}: it goes with --rerun and is {intervals.ROUNDS} or more")
-        if given.margin < 0:
-            raise UserError(f"--margin {given.margin}: it must not be negative")
+        if not 0 <= given.margin < 1:
+            raise UserError(f"--margin {given.margin}: a share, 0 or more and below 1")
         operands = Operands(given.uri, given.root, tuple(given.words))
+        operands.check_words(given.a, given.b)
         alone: list[str] = []
         if given.rerun:
             from pi0exp.interleave import DEFAULT_ROUNDS
@@ -162,9 +170,10 @@ def main(arguments: list[str] | None = None) -> int:
     for line in alone:
         print(line)
     if len(found) > 1:
-        summary = _table(("point", "verdict on B"))
+        summary = _table(("verdict on B", "B / A", "point"))
         for one in found:
-            summary.add_row(one.name, one.text)
+            [ratio] = [_ratio(row) for row in one.rows if row.name == HEADLINE] or [""]
+            summary.add_row(one.verdict, ratio, one.name)
         console().print(summary, markup=False)
     return code
 

@@ -1,17 +1,17 @@
 """Two measured points side by side: what differs in the configuration, every metric, and what may be claimed."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pi0exp import intervals
-from pi0exp.config import GROUPS
+from pi0exp.differences import differences, other_work
 from pi0exp.interleave import BASELINE, Pair
-from pi0exp.intervals import Interval, Statistic
-from pi0exp.operands import Asked, Point
+from pi0exp.intervals import Floats, Interval, Statistic
+from pi0exp.operands import Asked, Point, identity
 from pi0exp.result import Outcome, Result
 from pi0exp.track import Record
 
@@ -19,8 +19,12 @@ HEADLINE = "latency_ms/p50"
 NO_CLAIM = "no claim"
 TIMES = ("latency", "stage_ms/", "kernels_ms/", "startup_s/", "graphs/replay_us")
 """Prefixes of metrics of which less is faster."""
+_SPREADS = ("_share", "/std")
+"""Ends of names that begin like times and are none."""
 _RATE = "throughput_hz"
-_PRINTS = ("gpu", "arch", "driver", "cuda", "hip", "cpu", "cores", "commit", "dirty", "date")
+_OF_BOTH = ("memory_mb/", "rounds/", "clock_mhz/", "temperature_c/")
+"""What a rerun has once: both are resident."""
+_TAKEN = "latency_ms"
 _STATISTICS: Mapping[str, Statistic] = {
     **{f"p{percent}": partial(np.percentile, q=percent, axis=-1) for percent in (10, 50, 90, 99)},
     "mean": partial(np.mean, axis=-1),
@@ -42,7 +46,8 @@ class Row:
 class Comparison:
     """name: of the point. differences: (setting, A, B). verdict: of B against A, by the headline metric.
 
-    text: the verdict in a sentence. outcomes, fidelity: of A and of B.
+    text: the verdict in a sentence. outcomes, fidelity, where: of A and of B. Of a rerun also samples, facts and
+    fingerprint, which are stored nowhere else.
     """
 
     name: str
@@ -53,50 +58,12 @@ class Comparison:
     outcomes: tuple[str, str]
     fidelity: tuple[str, str]
     where: tuple[list[str], list[str]]
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def differences(a: Record, b: Record) -> list[tuple[str, str, str]]:
-    """Settings in which two records differ, options first; then the machine, versions and code."""
-    same = [group for group in GROUPS if _words(a, group) == _words(b, group)]
-    sides = [_settings(record, same) for record in (a, b)]
-    names = list(dict.fromkeys([*sides[0], *sides[1]]))
-    return [
-        (name, sides[0].get(name, "-"), sides[1].get(name, "-"))
-        for name in names
-        if sides[0].get(name) != sides[1].get(name)
-    ]
-
-
-def _words(record: Record, group: str) -> dict[str, str]:
-    return {name: value for name, value in record["params"].items() if name.split(".")[0] == group}
-
-
-def _settings(record: Record, same: list[str]) -> dict[str, str]:
-    """Names as on the command line -> values. An option's own settings only as far as they are not its file's.
-
-    same: groups that both sides name alike. There the settings that the words were composed to follow: a file of
-    conf/ may have changed between two versions of the code.
-    """
-    found = {name: str(value) for name, value in record["params"].items()}
-    sections = {name: part for name, part in record["experiment"].items() if name not in (*GROUPS, "names")}
-    for name, value in _leaves(sections):
-        found.setdefault(name, str(value))
-    composed = _leaves({group: record["experiment"].get(group) for group in same})
-    found |= {f"{name} (composed)": str(value) for name, value in composed if name not in found}
-    prints = record["fingerprint"]
-    found |= {f"machine.{name}": str(prints[name]) for name in _PRINTS if name in prints}
-    return found | {f"versions.{name}": str(version) for name, version in prints.get("versions", {}).items()}
-
-
-def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        elif value is not None:
-            yield f"{prefix}{name}", value
 
 
 def compare(a: Point, b: Point, margin: float = intervals.MARGIN) -> Comparison:
@@ -148,7 +115,7 @@ def _of_samples(name: str, a: Record, b: Record) -> Interval | None:
 def _word(name: str, interval: Interval, margin: float) -> str:
     """faster and slower for times and rates; higher and lower for what is neither."""
     found = intervals.word(interval, margin)
-    if name.startswith(TIMES):
+    if name.startswith(TIMES) and not name.endswith(_SPREADS):
         return found
     other = {intervals.SLOWER: "higher", intervals.FASTER: "lower"}
     if name == _RATE:
@@ -157,6 +124,8 @@ def _word(name: str, interval: Interval, margin: float) -> str:
 
 
 def _stored_verdict(a: Point, b: Point, rows: dict[str, Row], margin: float) -> tuple[str, str]:
+    if shared := {identity(one.record) for one in a.known} & {identity(one.record) for one in b.known}:
+        return NO_CLAIM, f"{NO_CLAIM}: {len(shared)} of the measurements is A's and B's, both must have their own"
     if not (a.ok and b.ok):
         failed = " and ".join(side for side, one in (("A", a), ("B", b)) if not one.ok)
         return NO_CLAIM, f"{NO_CLAIM}: {failed} has no latency, see the outcome"
@@ -165,42 +134,83 @@ def _stored_verdict(a: Point, b: Point, rows: dict[str, Row], margin: float) -> 
     if min(len(a.known), len(b.known)) < intervals.PROCESSES:
         found = _word(HEADLINE, row.interval, margin)
         samples = f"these samples: {found}, {ratio_text(row.interval)}" if found else row.interval.reason
-        return NO_CLAIM, f"{intervals.few(len(a.known), len(b.known))} (--rerun compares in one process); {samples}"
-    count = f"{len(a.known)} and {len(b.known)} processes"
+        few = intervals.few(len(a.known), len(b.known))
+        return NO_CLAIM, f"{few} (--rerun compares in one process); {samples}{_apart(a.record, b.record)}"
+    count = f"{len(a.known)} and {len(b.known)} processes{_apart(a.record, b.record)}"
     return row.verdict, f"{_sentence(row.verdict)}: {_change(row)}, {count}"
 
 
 def interleaved(a: Asked, b: Asked, result: Result, found: list[Pair], margin: float = intervals.MARGIN) -> Comparison:
-    """Two experiments that took turns in one process (pi0exp.interleave)."""
+    """Two experiments that took turns in one process (pi0exp.interleave). found: a pair for each round."""
     prefix = f"{BASELINE}/"
     beside = {name.removeprefix(prefix): value for name, value in result.metrics.items() if name.startswith(prefix)}
-    own = {name: value for name, value in result.metrics.items() if not name.startswith(prefix)}
-    interval = intervals.of_rounds(found) if found else None
-    rows = []
-    for name in (name for name in dict.fromkeys([*beside, *own]) if name in beside and name in own):
-        row = Row(name, beside[name], own[name])
-        if name == HEADLINE and interval is not None:
-            row = Row(name, row.a, row.b, interval, intervals.word(interval, margin))
-        elif beside[name] > 0:
-            row = Row(name, row.a, row.b, Interval(own[name] / beside[name]))
-        rows.append(row)
+    own = {name: value for name, value in result.metrics.items() if not name.startswith((prefix, *_OF_BOTH))}
+    taken = (result.samples.get(name, []) for name in (f"{BASELINE}_{_TAKEN}", _TAKEN))
+    rounds = (_rounds(next(taken), len(found)), _rounds(next(taken), len(found)))
+    rows = [
+        _turns_row(name, beside.get(name), own.get(name), found, rounds, margin)
+        for name in dict.fromkeys([*beside, *own])
+    ]
     verdict, text = NO_CLAIM, f"{NO_CLAIM}: the rerun ended as {result.outcome}: {'; '.join(result.reasons)}"
-    if interval is not None:
-        verdict = intervals.word(interval, margin)
-        [row] = [row for row in rows if row.name == HEADLINE]
-        text = f"{_sentence(verdict)}: {_change(row)}, {len(found)} rounds A B B A in one process"
-    outcome = str(result.outcome)
     given = [{"params": one.params, "experiment": one.experiment, "fingerprint": {}} for one in (a, b)]
+    if found:
+        [row] = [row for row in rows if row.name == HEADLINE]
+        verdict = row.verdict
+        text = f"{_sentence(verdict)}: {_change(row)}, {len(found)} rounds A B B A in one process{_apart(*given)}"
     return Comparison(
         name=a.name if a.name == b.name else f"{a.name} -> {b.name}",
         differences=differences(*given),
         rows=rows,
         verdict=verdict,
         text=text,
-        outcomes=(outcome, outcome),
-        fidelity=(_fidelity({"metrics": beside, "numerics": ""}), _fidelity({"metrics": own, "numerics": ""})),
+        outcomes=(_side("A", result), _side("B", result)),
+        fidelity=(
+            _fidelity({"metrics": beside, "numerics": a.numerics}),
+            _fidelity({"metrics": own, "numerics": b.numerics}),
+        ),
         where=(["this rerun"], ["this rerun"]),
+        samples=result.samples,
+        facts=result.facts,
+        fingerprint=result.fingerprint,
     )
+
+
+def _rounds(samples: list[float], rounds: int) -> Floats:
+    """[rounds, calls of a round]."""
+    return np.array(samples).reshape(rounds, -1) if rounds else np.zeros((0, 0))
+
+
+def _turns_row(
+    name: str, a: float | None, b: float | None, found: list[Pair], rounds: tuple[Floats, Floats], margin: float
+) -> Row:
+    """The headline by the pairs of medians, other statistics of the samples by whole rounds."""
+    if a is None or b is None or min(a, b) <= 0:
+        return Row(name, a, b)
+    kind, _, statistic = name.rpartition("/")
+    if not found or f"{kind}/" != "latency_ms/" or statistic not in _STATISTICS:
+        return Row(name, a, b, Interval(b / a))
+    if name == HEADLINE:
+        interval = intervals.of_rounds(found)
+    else:
+        interval = intervals.of_round_samples(*rounds, _STATISTICS[statistic])
+    return Row(name, a, b, interval, intervals.word(interval, margin))
+
+
+def _side(side: str, result: Result) -> str:
+    """How one of a pair ended. Reasons begin with the side that they are of; without one they are of both."""
+    if result.outcome is Outcome.OK:
+        return str(result.outcome)
+    told = {name: [reason for reason in result.reasons if reason.startswith(f"{name}: ")] for name in "AB"}
+    if not told["A"] and not told["B"]:
+        return f"{result.outcome}: {'; '.join(result.reasons)}"
+    own = [reason.removeprefix(f"{side}: ") for reason in told[side]]
+    return f"{result.outcome}: {'; '.join(own)}" if own else "no result"
+
+
+def _apart(a: Record, b: Record) -> str:
+    """Behind a verdict on two that did not compute the same."""
+    names = other_work(a, b)
+    return f"; of other work: {', '.join(names)}" if names else ""
 
 
 def _sentence(verdict: str) -> str:

@@ -1,6 +1,7 @@
 """Everything that needs Hydra while composing: where its folders are, and options of single stages."""
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -21,10 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pi0exp import plugins
 from pi0exp.errors import UserError
 from pi0exp.option import STAGES
+from pi0exp.track import default_root
 
 PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf"
-OWN = ("name", "resume", "subject", "track")
+OWN = ("name", "resume", "subject", "track", "report")
 """Keys of `conf/config.yaml` itself; every other one comes from a group."""
 STAGED = ("gemm", "attention", "compile_mode")
 """Groups whose option may differ between stages."""
@@ -42,11 +43,27 @@ class Folders(SearchPathPlugin):
 def register() -> None:
     """Tell Hydra of our folders and resolvers, before it composes anything. Raises UserError for a bad plugin."""
     files()
-    Plugins.instance().register(Folders)
-    # Hydra insists on writing a file for each sweep; everything in it is in MLflow too.
-    OmegaConf.register_new_resolver(
-        "pi0exp_scratch", lambda: str(Path(tempfile.gettempdir(), "pi0exp-sweep")), replace=True
-    )
+    known = Plugins.instance()
+    known.register(Folders)
+    # Not above: it imports this file, and Hydra replaces its own classes when it looks for plugins.
+    from pi0exp import sweeper
+
+    sweeper.register(known)
+
+
+def scratch(launcher: str) -> str:
+    """The folder of Hydra's sweeps, for which it insists on a file each; everything in it is in MLflow too.
+
+    launcher: its class. Where it may start points on other hosts its files must be where they can see them: beside the
+    local store. Jobs of submitit leave their output there.
+    """
+    if launcher.endswith((".BasicLauncher", ".LocalLauncher", ".RayLauncher")):
+        return str(Path(tempfile.gettempdir(), f"pi0exp-sweep-{os.getuid()}"))
+    return str(default_root() / ".sweep")
+
+
+# Here, since the processes that launchers start only unpickle the command's function, which imports this file.
+OmegaConf.register_new_resolver("pi0exp_scratch", scratch, replace=True)
 
 
 @contextmanager
@@ -131,61 +148,6 @@ def overridden(hydra_node: Any) -> dict[str, str]:
     """What the command line and the sweep set, key -> value, of the composed node `hydra`."""
     pairs = (str(override).partition("=") for override in hydra_node.overrides.task)
     return {key.lstrip("+~"): value for key, _, value in pairs}
-
-
-def check_study(hydra_node: Any) -> None:
-    """Raises UserError where the command line sets what the stacks of a study are there to vary.
-
-    It would win over every one of them, and rungs that bear different names would be the same.
-    """
-    stacks = str((hydra_node.sweeper.get("params") or {}).get("stack", ""))
-    if "study" not in choices(hydra_node) or not stacks:
-        return
-    given = overridden(hydra_node)
-    keys = sorted({key for stack in _swept(f"stack={stacks}") for key in _stack_keys(stack)})
-    for mine in given:
-        if theirs := next((key for key in keys if _overlap(mine, key)), None):
-            raise UserError(
-                f"{mine}={given[mine]} would hold for every stack of study={given.get('study')}, "
-                f"which varies {theirs} itself; leave one of the two out"
-            )
-
-
-def _swept(override: str) -> list[str]:
-    """The values that a sweep gives a key: `stack=a,b`, `stack=choice(a,b)` or `stack=glob(*)`."""
-    (parsed,) = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides([override])
-    return list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [str(parsed.value())]
-
-
-def _overlap(mine: str, theirs: str) -> bool:
-    """Whether one of two keys holds the other. A group only chooses its option; settings beside it are others."""
-    inner, outer = sorted((mine, theirs), key=len, reverse=True)
-    return inner == outer or ("." in outer and inner.startswith(f"{outer}."))
-
-
-def _stack_keys(stack: str) -> set[str]:
-    """What a named stack sets, itself or through the stack it builds on: groups, and settings as fusion.rewrites.x."""
-    path = files()["stack"].get(stack)
-    if path is None:
-        raise UserError(f"stack={stack}: no such stack; there are {', '.join(files()['stack'])}")
-    body = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(body, dict)
-    keys = set(_leaves({str(key): value for key, value in body.items() if key != "defaults"}))
-    for entry in body.get("defaults", []):
-        if isinstance(entry, str):
-            keys |= _stack_keys(entry) if entry != "_self_" else set()
-        else:
-            keys |= {str(key).removeprefix("override ").lstrip("/") for key in entry}
-    return keys
-
-
-def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys of all values that are no dicts with something in them."""
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def plain(cfg: DictConfig, chosen: dict[str, str]) -> dict[str, Any]:

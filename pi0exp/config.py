@@ -28,6 +28,7 @@ class Device(StrEnum):
 class MeasureConfig:
     """How long and how often (`conf/measure/`). Durations in seconds, the rest are counts of calls.
 
+    observations: on which the actions are held against the truth, a multiple of 4.
     ci_share: go on sampling until half the confidence interval of the median is within this share of it; None: as many
     calls as `samples` says. paced_interval_ms: also measure calls that begin so often; None: no such pass. power_s: of
     calls back to back for power and energy; 0: no such pass. reuse_ceilings: take what this GPU was measured to reach
@@ -37,6 +38,7 @@ class MeasureConfig:
     """
 
     device: Device = Device.auto
+    observations: int = 8
     inputs: int = 8
     warmup_calls: int = 20
     warmup_s: float = 2.0
@@ -58,6 +60,7 @@ class MeasureConfig:
 
     def __post_init__(self) -> None:
         for name, least in (
+            ("observations", 8),
             ("inputs", 8),
             ("warmup_calls", 1),
             ("samples", 1),
@@ -68,6 +71,8 @@ class MeasureConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {least} or more")
+        if self.observations % 4:
+            raise ValueError(f"observations is {self.observations}; it must be a multiple of 4: there are four kinds")
         for name in ("warmup_s", "warmup_max_s", "samples_max_s", "ceilings_s", "timeout_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
@@ -94,6 +99,47 @@ class RunConfig:
     name: str = "adhoc"
     resume: bool = True
     track: TrackConfig = field(default_factory=TrackConfig)
+
+
+class Answer(StrEnum):
+    """Which sentence answers the question of a study; see `pi0exp/report/answers.py`."""
+
+    ladder = "ladder"
+    fastest = "fastest"
+    parity = "parity"
+    scaling = "scaling"
+    fidelity = "fidelity"
+    none = "none"
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """How the results of a study are shown (`report:` of its yaml); nothing of it is measured.
+
+    label: parameters that name a row; none: the short form of its options. facet: parameters that split tables and
+    plots. baseline: first, best or none: the row that others are compared with. order: sweep or latency. metrics:
+    columns. plots: by their names in `pi0exp/report/plots.py`. x: the parameter along a curve. series: parameters that
+    tell lines apart.
+    """
+
+    label: tuple[str, ...] = ()
+    facet: tuple[str, ...] = ("model", "workload")
+    baseline: str = "first"
+    order: str = "sweep"
+    metrics: tuple[str, ...] = ("latency_ms/p50", "latency_ms/p90", "roofline/share", "error/rel_l2")
+    plots: tuple[str, ...] = ("bars",)
+    x: str | None = None
+    series: tuple[str, ...] = ()
+    answer: Answer = Answer.fastest
+
+    def __post_init__(self) -> None:
+        for name in ("label", "facet", "metrics", "plots", "series"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # OmegaConf makes lists of tuples
+        for name, allowed in (("baseline", ("first", "best", "none")), ("order", ("sweep", "latency"))):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(allowed)}")
+        if "curve" in self.plots and self.x is None:
+            raise ValueError("x is null; a curve needs the parameter that it goes along")
 
 
 @dataclass(frozen=True)
@@ -154,7 +200,8 @@ def _schema(cls: type) -> DictConfig:
     nodes = [schema]
     for node in nodes:
         OmegaConf.set_readonly(node, None)
-        nodes += [child for child in node.values() if isinstance(child, DictConfig)]
+        # Not node.values(): a field that must be given has none yet.
+        nodes += [child for key in node if isinstance(child := node._get_node(key), DictConfig)]
     return schema
 
 
@@ -207,6 +254,17 @@ def measure(plain: dict[str, Any]) -> MeasureConfig:
 
 def run(plain: dict[str, Any]) -> RunConfig:
     return typed(RunConfig, {one.name: plain[one.name] for one in fields(RunConfig) if one.name in plain}, "")
+
+
+def report(plain: dict[str, Any]) -> ReportConfig:
+    return typed(ReportConfig, plain.get("report") or {}, "report")
+
+
+def subject_settings(plain: dict[str, Any], cls: type[T]) -> T:
+    """The settings of the subject that the configuration names."""
+    return typed(
+        cls, {name: value for name, value in section(plain, "subject").items() if name != "_target_"}, "subject"
+    )
 
 
 def section(plain: dict[str, Any], name: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ captured, are never called. Nothing is written to the store.
 
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from pi0exp import build, config
@@ -16,7 +15,6 @@ from pi0exp.key import point_key
 from pi0exp.known import Known, known_ceilings, known_records, same_point
 from pi0exp.machine import Machine, kept_environment
 from pi0exp.measure import fingerprint, target_machine
-from pi0exp.model.weights import build as build_model
 from pi0exp.option import Option
 from pi0exp.outcomes import EXPLAINED
 from pi0exp.point import experiment_of, run_params
@@ -107,7 +105,7 @@ def outline(subject: PolicySubject) -> dict[str, list[str]]:
     """
     failed: dict[str, str] = {}
     while True:
-        policy = _without_numbers(subject)
+        policy = subject.without_numbers()
         for group, option in subject.stack.options():
             if group in failed:
                 continue
@@ -128,17 +126,6 @@ def _apply(policy: Policy, group: str, option: Option) -> str | None:
         lines = str(error).strip().splitlines()
         return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
     return None
-
-
-def _without_numbers(subject: PolicySubject) -> Policy:
-    """The plain policy at full size in no memory."""
-    model = build_model(
-        subject.dimensions,
-        subject.precision.model,
-        lambda name, shape: torch.empty(shape, device="meta"),
-        "meta",
-    )
-    return Policy(model, subject.workload.horizon, subject.workload.num_steps)
 
 
 # ---- work and time

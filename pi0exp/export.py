@@ -7,6 +7,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ EPILOG = """examples:
   python -m pi0exp.export ladder --format parquet --out ladder.parquet
 
 Columns: run_id, study, key, outcome, reasons, numerics; params.*, metrics.*, machine.*, facts.* by their names. What a
-run has not is empty. parquet also has lists of samples, samples.*; it needs pip install 'pi0exp[parquet]'.
+run has not is empty. parquet also has lists of samples, samples.*; it needs pip install 'pi0exp[parquet]'. In json
+a number that is not finite is null.
 
 exit codes: 0 written; 2 no such study or store, or a file that cannot be written."""
 
@@ -61,8 +63,18 @@ def as_csv(found: list[Stored]) -> bytes:
 
 
 def as_json(found: list[Stored]) -> bytes:
-    """A list of records in the form of result files, each with its run_id."""
-    return (json.dumps([{"run_id": stored.run_id, **stored.record} for stored in found], indent=1) + "\n").encode()
+    """A list of records in the form of result files, each with its run_id. JSON has no word for NaN and infinity."""
+    records = [{"run_id": stored.run_id, **_finite(stored.record)} for stored in found]
+    return (json.dumps(records, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _finite(node: Any) -> Any:
+    """The same with None for each number that is not finite."""
+    if isinstance(node, dict):
+        return {name: _finite(value) for name, value in node.items()}
+    if isinstance(node, list):
+        return [_finite(value) for value in node]
+    return None if isinstance(node, float) and not math.isfinite(node) else node
 
 
 def as_parquet(found: list[Stored]) -> bytes:
@@ -97,8 +109,11 @@ def export(study: str, form: str, out: Path | None, uri: str | None, root: Path 
         raise UserError(f"{study}: no finished run in {place}")
     content = {"csv": as_csv, "json": as_json, "parquet": as_parquet}[form](found)
     if out is None:
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
+        try:
+            sys.stdout.buffer.write(content)
+            sys.stdout.buffer.flush()
+        except OSError as error:
+            raise UserError(f"stdout: {error.strerror or error}") from error
         return
     part = out.with_name(f".{out.name}.part")
     try:

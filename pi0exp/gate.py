@@ -2,14 +2,18 @@
 
 Measures the stacks of a baseline again, each in several processes, and says whether one is slower than its baseline
 beyond noise and a margin, or computes with a larger error, or no longer ends ok. For CI.
+
+A slowdown is one if both hold: the interval of now / baseline lies above 1, and the ratio exceeds the margin. The runs
+are kept in the store, as study `gate`.
 """
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,11 +21,11 @@ from typing import Any
 from rich.table import Table
 
 from pi0exp import compose, config, interrupts, intervals
-from pi0exp.baseline import Entry, foreign, read_baseline, write_baseline
+from pi0exp.baseline import Entry, changed, foreign, read_baseline, try_baseline, write_baseline
 from pi0exp.card import console
 from pi0exp.comparison import ratio_text
 from pi0exp.errors import UserError
-from pi0exp.measure import target_machine
+from pi0exp.measure import fingerprint, target_machine
 from pi0exp.result import CONFIG_ERROR, Outcome
 
 STUDY = "gate"
@@ -31,19 +35,26 @@ which runs of one day do not show, must not stop a change."""
 ERROR_MARGIN = 0.25
 """A larger share of the error is one. Another order of summation moves the error of a stack up to here without any
 fault: it is the limit of pi0exp.verify for it in the geometric mean (MEAN_RATIO)."""
+LATENCY, ERROR = "latency_ms/p50", "error/rel_l2"
 REGRESSED = 1
 """The exit code."""
 EPILOG = f"""examples:
   python -m pi0exp.gate --baseline experiments/gate.h200.json --update --stack h200_best workload=masked
   python -m pi0exp.gate --baseline experiments/gate.h200.json
 
+--update measures the stacks that --stack names, with the WORDs; without both, those that the baseline has, or the
+stacks called best where there is none. It overwrites their entries and leaves the others.
+
 exit codes: 0 no regression; {REGRESSED} a stack is slower, its error grew, or it no longer ends ok;
-2 the baseline cannot be read, or is of another machine; 130 interrupted."""
+2 the baseline cannot be read or written, or is of another machine; 130 interrupted."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """What became of a stack. ratio: now / baseline. faults: one sentence for each regression."""
+    """What became of a stack. ratio: now / baseline. faults: one sentence for each regression.
+
+    changed: of driver, versions and code, since the baseline.
+    """
 
     name: str
     baseline_ms: float
@@ -53,18 +64,21 @@ class Check:
     now_error: float | None
     faults: list[str]
     remark: str = ""
+    changed: list[str] = field(default_factory=list)
 
 
-def measured(entries: dict[str, list[str]], processes: int, more: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """What `processes` runs of each found: name -> metrics, outcome and reasons of each run.
+def measured(entries: dict[str, Entry], processes: int, track: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
+    """What `processes` runs of each found: name -> metrics, outcome and reasons of each run. track: which store.
 
     Repeats outermost, so that what drifts over minutes meets every stack.
     """
     from pi0exp.point import measure_point
 
     plains = {
-        name: compose.from_words([*words, f"name={STUDY}", "resume=false", *more]) for name, words in entries.items()
+        name: compose.from_words([*entry.words, f"name={STUDY}", "resume=false"]) for name, entry in entries.items()
     }
+    for plain in plains.values():
+        plain["track"] |= track
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in entries}
     for _ in range(processes):
         for name, plain in plains.items():
@@ -74,8 +88,12 @@ def measured(entries: dict[str, list[str]], processes: int, more: Sequence[str])
 
 
 def entry_of(words: list[str], runs: list[dict[str, Any]]) -> Entry:
+    """Of runs that are ok. Raises UserError where one says nothing of its error: it could grow unseen."""
     metrics = [run["metrics"] for run in runs]
-    return Entry(words, [one["latency_ms/p50"] for one in metrics], [one.get("error/rel_l2", 0.0) for one in metrics])
+    if not all(ERROR in one for one in metrics):
+        raise UserError(f"{' '.join(words)}: its runs have no {ERROR}, which a gate needs")
+    machine, _ = target_machine(config.measure(compose.from_words(words)).device)
+    return Entry(words, [one[LATENCY] for one in metrics], [one[ERROR] for one in metrics], fingerprint(machine))
 
 
 def judge(name: str, entry: Entry, runs: list[dict[str, Any]], margin: float, error_margin: float) -> Check:
@@ -97,7 +115,8 @@ def judge(name: str, entry: Entry, runs: list[dict[str, Any]], margin: float, er
         remark = f"faster by {100 * (1 / interval.ratio - 1):.1f} %: --update keeps it"
     if error > before_error * (1 + error_margin):
         faults.append(f"the error grew from {before_error:.3g} to {error:.3g}, by more than {100 * error_margin:g} %")
-    return Check(name, before_ms, median(now.p50_ms), interval, before_error, error, faults, remark)
+    others = changed(entry.fingerprint, now.fingerprint)
+    return Check(name, before_ms, median(now.p50_ms), interval, before_error, error, faults, remark, others)
 
 
 def best_stacks(words: Sequence[str]) -> list[str]:
@@ -155,16 +174,19 @@ def chosen(given: argparse.Namespace) -> dict[str, Entry]:
     """The entries to measure, by name; without numbers where they are new. Raises UserError."""
     machine_of, old = read_baseline(given.baseline) if given.baseline.exists() or not given.update else ({}, {})
     if given.update:
-        names = given.stack or list(old) or best_stacks(given.words)
-        entries = {name: Entry([f"stack={name}", *given.words], [], []) for name in names}
-        if not given.stack and not given.words:
-            entries |= old
+        try_baseline(given.baseline)
+        if old and not given.stack and not given.words:
+            entries = old
+        else:
+            new = [Entry([f"stack={name}", *given.words]) for name in given.stack or best_stacks(given.words)]
+            entries = {entry.name: entry for entry in new}
     else:
         if given.words:
             raise UserError(f"{given.words[0]}: words go with --update; a baseline knows its own")
-        if unknown := [name for name in given.stack if name not in old]:
-            raise UserError(f"{given.baseline}: no stack {unknown[0]}; there are {', '.join(old)}")
-        entries = {name: entry for name, entry in old.items() if not given.stack or name in given.stack}
+        stacks = {entry.stack for entry in old.values()}
+        if unknown := [name for name in given.stack if name not in stacks]:
+            raise UserError(f"{given.baseline}: no stack {unknown[0]}; there are {', '.join(sorted(stacks))}")
+        entries = {name: entry for name, entry in old.items() if not given.stack or entry.stack in given.stack}
     for entry in entries.values():
         machine, _ = target_machine(config.measure(compose.from_words(entry.words)).device)
         if machine_of and (reasons := foreign(machine_of, machine)):
@@ -174,12 +196,15 @@ def chosen(given: argparse.Namespace) -> dict[str, Entry]:
 
 def gate(given: argparse.Namespace) -> int:
     """The command. Raises UserError."""
-    if given.processes < intervals.PROCESSES or min(given.margin, given.error_margin) < 0:
-        raise UserError(f"--processes must be {intervals.PROCESSES} or more, margins must not be negative")
+    if given.processes < intervals.PROCESSES:
+        raise UserError(f"--processes {given.processes}: {intervals.PROCESSES} or more say something of their spread")
+    for name, value in (("--margin", given.margin), ("--error-margin", given.error_margin)):
+        if not (math.isfinite(value) and value >= 0):
+            raise UserError(f"{name} {value}: a share, 0 or more")
     entries = chosen(given)
-    more = [f"track.{name}={value}" for name, value in (("uri", given.uri), ("root", given.root)) if value is not None]
+    track = {name: str(value) for name, value in (("uri", given.uri), ("root", given.root)) if value is not None}
     with redirect_stdout(sys.stderr):
-        found = measured({name: entry.words for name, entry in entries.items()}, given.processes, more)
+        found = measured(entries, given.processes, track)
     if given.update:
         for name, runs in found.items():
             if failed := [run for run in runs if run["outcome"] != Outcome.OK]:
@@ -198,6 +223,8 @@ def gate(given: argparse.Namespace) -> int:
         print(json.dumps({"regressed": regressed, **margins, "checks": [asdict(one) for one in checks]}, indent=2))
     else:
         console().print(table(checks), markup=False)
+        for line in dict.fromkeys(text for one in checks for text in one.changed):
+            print(f"since the baseline: {line}")
     return REGRESSED if regressed else 0
 
 

@@ -40,7 +40,8 @@ def main(words: list[str]) -> int:
         if linux is not None:
             linux.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=follow)
+    # What the parent passed on goes on: the lock of a GPU lasts until the last process of the measurement is gone.
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=follow, close_fds=False)
 
     def watch() -> None:
         while os.read(sys.stdin.fileno(), 1):

@@ -63,12 +63,11 @@ def pairs(a: list[float], b: list[float], block: int) -> list[Pair]:
 def check_pair(a: subject.Subject, b: subject.Subject) -> None:
     """Raise UserError where the two cannot live in one process, which has some settings only once."""
     from pi0exp import build
-    from pi0exp.policy_subject import PolicySubject
 
     wide: list[dict[str, Any]] = [dict(one.environment()) for one in (a, b)]
     for found, one in zip(wide, (a, b), strict=True):
-        if isinstance(one, PolicySubject):
-            found |= build.process_wide(one.stack)
+        if isinstance(stack := getattr(one, "stack", None), config.Stack):  # some subjects have none
+            found |= build.process_wide(stack)
     if differing := sorted(name for name in {*wide[0], *wide[1]} if wide[0].get(name) != wide[1].get(name)):
         raise UserError(
             f"A and B differ in what holds for a whole process ({', '.join(differing)}) and cannot take turns in one:"
@@ -77,13 +76,15 @@ def check_pair(a: subject.Subject, b: subject.Subject) -> None:
 
 
 def measure_pair(plain: dict[str, Any], folder: Path | None = None) -> Result:
-    """Build both, verify both, let them take turns, and on a GPU prove both. The first that fails is the outcome.
+    """Build both, verify both, let them take turns, on a GPU prove both, verify both again. The first that fails is the
+    outcome.
 
     No files are left in `folder`.
     """
     import torch
 
     from pi0exp.gpu_time import gpu_time
+    from pi0exp.passes import gpu_sensors, state, told
     from pi0exp.proof import unproven
     from pi0exp.timing import device_sample_ms, quiet, summary, warm_up
 
@@ -119,6 +120,8 @@ def measure_pair(plain: dict[str, Any], folder: Path | None = None) -> Result:
         progress(f"{side}: warm up")
         warm[side] = warm_up(instance.call, device, settings)
     progress(f"A B B A, {rounds} rounds of {settings.inputs} calls a block")
+    sensors, facts = gpu_sensors(device)
+    before = None if sensors is None else state(sensors)
     with quiet():
         times = interleave(
             a.call,
@@ -129,12 +132,20 @@ def measure_pair(plain: dict[str, Any], folder: Path | None = None) -> Result:
             settings.samples_max_s,
         )
     metrics = {}
+    if sensors is not None and before is not None:
+        metrics, facts = told(before, state(sensors))
     if machine.has_gpu:
         metrics["memory_mb/peak"] = torch.cuda.max_memory_allocated(device) / 2**20
         for side, thing, instance in zip("AB", things, instances, strict=True):
             progress(f"{side}: profile")
             if reasons := unproven(thing.proofs(), gpu_time(instance, settings, None, None).names):
                 return Result(Outcome.UNPROVEN, [f"{side}: {reason}" for reason in reasons], **common)
+
+    progress("verify again")
+    for side, instance in zip("AB", instances, strict=True):
+        if wrong := instance.recheck():
+            reasons = [f"{side}: after it was timed: {reason}" for reason in wrong]
+            return Result(Outcome.WRONG_NUMERICS, reasons, **common)
 
     own, beside = (
         instance.verdict.metrics | warm[side] | summary(taken)
@@ -146,9 +157,14 @@ def measure_pair(plain: dict[str, Any], folder: Path | None = None) -> Result:
         metrics=metrics | {"rounds/calls_a_block": float(settings.inputs)},
         samples={"latency_ms": times[1], f"{BASELINE}_latency_ms": times[0]},
         applied=b.applied | {f"{BASELINE}.{group}": lines for group, lines in a.applied.items()},
-        facts=b.facts,
+        facts=b.facts | facts,
         **common,
     )
+
+
+def settings_of(pair: dict[str, Any]) -> config.MeasureConfig:
+    """Those of A hold for both."""
+    return config.measure(config.section(pair, "a"))
 
 
 def measure_pair_isolated(
@@ -163,13 +179,14 @@ def measure_pair_isolated(
     for thing in things:
         thing.preflight()
     settings = config.measure(a)
-    result = measure_isolated({"a": a, "b": b, "rounds": rounds}, 2 * settings.timeout_s, told, module=NAME)
+    machine, _ = target_machine(settings.device)
+    pair = {"a": a, "b": b, "rounds": rounds}
+    result = measure_isolated(pair, 2 * settings.timeout_s, told, module=NAME, on_gpu=machine.has_gpu)
     if result.outcome is not Outcome.OK:
-        machine, _ = target_machine(settings.device)
         return replace(result, fingerprint=result.fingerprint or fingerprint(machine)), []
     samples = result.samples
     return result, pairs(samples[f"{BASELINE}_latency_ms"], samples["latency_ms"], settings.inputs)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], measure_pair, __doc__, NAME))
+    sys.exit(main(sys.argv[1:], measure_pair, __doc__, NAME, settings_of))

@@ -78,6 +78,28 @@ def of_rounds(pairs: Sequence[tuple[float, float]]) -> Interval:
     return Interval(ratio, float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half)))
 
 
+def of_round_samples(a: Floats, b: Floats, statistic: Statistic) -> Interval:
+    """From the samples [rounds, calls] of such rounds, for statistics that a round has too few calls for.
+
+    Bootstrap of whole rounds, A's and B's together, widened as Student's t is beside the normal distribution. Misses up
+    to 3 times in 100 (tests).
+    """
+    ratio = float(statistic(b.ravel()) / statistic(a.ravel()))
+    if len(a) < ROUNDS:
+        return Interval(ratio, reason=f"{len(a)} rounds; an interval needs {ROUNDS}")
+    chosen = _random().integers(0, len(a), (RESAMPLES, len(a)))
+    drawn = statistic(b[chosen].reshape(RESAMPLES, -1)) / statistic(a[chosen].reshape(RESAMPLES, -1))
+    return _around(ratio, drawn, len(a))
+
+
+def _around(ratio: float, drawn: Floats, worth: float) -> Interval:
+    """The percentiles of the resampled ratios, as much wider as t is with `worth` independent samples."""
+    tail = (1 + CONFIDENCE) / 2
+    wider = float(stats.t.ppf(tail, worth - 1) / stats.norm.ppf(tail))
+    low, high = wider * np.log(np.quantile(drawn, [1 - tail, tail]) / ratio)
+    return Interval(ratio, float(ratio * np.exp(low)), float(ratio * np.exp(high)))
+
+
 def of_processes(a: Sequence[float], b: Sequence[float]) -> Interval:
     """From one number > 0 a process: Welch's t interval of the logarithms.
 
@@ -111,7 +133,8 @@ def of_samples(a: Sequence[float], b: Sequence[float], statistic: Statistic = mi
 
     Circular block bootstrap (Politis and Romano, 1992) in blocks of three autocorrelation times, widened as Student's t
     is beside the normal distribution with as many independent samples as these are worth. None where those are fewer
-    than EFFECTIVE. With 200 samples of a first-order autocorrelation up to 0.9 it misses up to 5 times in 100 (tests).
+    than EFFECTIVE. With 200 samples of a first-order autocorrelation up to 0.9 it misses up to 5 times in 100, the mean
+    at 0.9 up to 12 times (tests). Nothing is claimed from it: another process may find something else.
     """
     sides = np.array(a, float), np.array(b, float)
     ratio = float(statistic(sides[1]) / statistic(sides[0]))
@@ -123,10 +146,7 @@ def of_samples(a: Sequence[float], b: Sequence[float], statistic: Statistic = mi
             what = f"{name}: {len(samples)} samples with an autocorrelation time of {time:.1f} calls"
             return Interval(ratio, reason=f"{what} are worth fewer than {EFFECTIVE} independent ones")
         drawn.append(statistic(_blocks(samples, time)))
-    tail = (1 + CONFIDENCE) / 2
-    wider = float(stats.t.ppf(tail, worth - 1) / stats.norm.ppf(tail))
-    low, high = wider * np.log(np.quantile(drawn[1] / drawn[0], [1 - tail, tail]) / ratio)
-    return Interval(ratio, float(ratio * np.exp(low)), float(ratio * np.exp(high)))
+    return _around(ratio, drawn[1] / drawn[0], worth)
 
 
 def autocorrelation_time(samples: Floats) -> float:

@@ -11,13 +11,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from pi0exp import causes, interrupts
+from pi0exp import causes, gpu_lock, interrupts
 from pi0exp.errors import UserError
-from pi0exp.machine import child_environment
-from pi0exp.measure import PROGRESS
+from pi0exp.machine import child_environment, this_machine
+from pi0exp.measure import PROGRESS, fingerprint
 from pi0exp.result import CONFIG_ERROR, Outcome, Result
 
 LOG_LINES, LINE_BYTES = 200, 2000
@@ -36,17 +37,23 @@ def measure_isolated(
     progress: Callable[[str], None],
     keep: Path | None = None,
     module: str | None = None,
+    on_gpu: bool = False,
 ) -> Result:
     """The child's `Result`; a child that dies, hangs or says nothing becomes one too.
 
     keep: a folder that receives what the child left beside its result (the profiler's trace). module: the command that
-    reads `plain` and writes a Result; None for that which measures one point.
+    reads `plain` and writes a Result; None for that which measures one point. on_gpu: it gets a GPU for itself alone;
+    a wait for one does not count as its time.
 
     Raises UserError where the child could not read the configuration or an input, and KeyboardInterrupt. Whatever
     happens, neither the child nor anything that it started is left, not even if this process is killed
     (pi0exp.guard).
     """
-    with interrupts.held(), tempfile.TemporaryDirectory(prefix="pi0exp-") as scratch:
+    with (
+        interrupts.held(),
+        tempfile.TemporaryDirectory(prefix="pi0exp-") as scratch,
+        gpu_lock.taken(on_gpu, progress) as gpu,
+    ):
         source, target = Path(scratch, "experiment.json"), Path(scratch, "result.json")
         source.write_text(json.dumps(plain))
         kills, module = causes.host_kills(), module or CHILD
@@ -55,7 +62,8 @@ def measure_isolated(
             stdin=subprocess.PIPE,  # the guard ends the child when this closes, which it also does when we die
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=child_environment(),
+            env=child_environment(gpu.environment),
+            pass_fds=gpu.descriptors,  # while any process of the measurement is left, its GPU is taken
             start_new_session=True,  # Ctrl-C reaches the parent alone, which then ends the child
         )
         assert guard.stdout is not None
@@ -74,8 +82,13 @@ def measure_isolated(
             shutil.copytree(left, keep, dirs_exist_ok=True)
         text = b"".join(list(log)).decode(errors="replace")
         if code is None:
-            return Result(Outcome.TIMEOUT, [f"no result after {timeout_s:g} s (measure.timeout_s)"], log=text)
-        return _result(code, target, text, module, host_killed=kills is not None and causes.host_kills() != kills)
+            result = Result(Outcome.TIMEOUT, [f"no result after {timeout_s:g} s (measure.timeout_s)"], log=text)
+        else:
+            killed = kills is not None and causes.host_kills() != kills
+            result = _result(code, target, text, module, host_killed=killed)
+        if gpu.uuid and not result.fingerprint:  # a child that died could not say where it was
+            result = replace(result, fingerprint=fingerprint(this_machine(), gpu.uuid))
+        return result
 
 
 def _follow(stream: IO[bytes], log: deque[bytes], progress: Callable[[str], None]) -> None:

@@ -18,10 +18,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pi0exp.errors import UserError
+from pi0exp import gpus
+from pi0exp.gpus import Gpu
 
 PACKAGES = ("torch", "triton", "pi0exp", "amd-aiter")
 """Distributions whose versions, where they are installed, belong to the identity of a measurement."""
+VISIBILITY = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
+"""Variables by which GPUs are hidden from a process: of ROCm, of HIP on top of it, of CUDA (and HIP)."""
+_HELD = "PI0EXP_GPU"
 
 
 @dataclass(frozen=True)
@@ -58,66 +62,16 @@ class Machine:
 def this_machine() -> Machine:
     versions = {name: version for name in PACKAGES if (version := _version(name))}
     machine = Machine(cpu=_cpu(), cores=os.cpu_count() or 0, versions={"python": platform.python_version(), **versions})
-    build = versions.get("torch", "")
+    return replace(machine, **next((gpu.facts for gpu in visible_gpus()), {}))
+
+
+def visible_gpus() -> list[Gpu]:
+    """The GPUs that torch will see, the first one first; none with a torch that cannot drive a GPU."""
+    build = _version("torch")
     if "+cpu" in build:
-        return machine  # this torch cannot drive a GPU
-    facts = _amd() if "rocm" in build else _nvidia()
-    return replace(machine, **facts)
-
-
-def _nvidia() -> dict[str, Any]:
-    """The first GPU that CUDA will see."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return {}
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    try:
-        first = "0" if visible is None else visible.split(",")[0].strip()
-        if first in ("", "-1") or pynvml.nvmlDeviceGetCount() == 0:
-            return {}
-        by_index = first.isdigit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(int(first)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(first)
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        return {
-            "gpu": pynvml.nvmlDeviceGetName(handle),
-            "vendor": "nvidia",
-            "arch": f"sm_{major}{minor}",
-            "memory_mb": pynvml.nvmlDeviceGetMemoryInfo(handle).total // 2**20,
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-        }
-    except pynvml.NVMLError:
-        return {}  # CUDA_VISIBLE_DEVICES names a GPU that is not there; CUDA sees none then
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _amd() -> dict[str, Any]:
-    """The first GPU by AMD SMI, which comes with ROCm. Not run on AMD hardware; tested with answers of its form."""
-    try:
-        import amdsmi
-    except (ImportError, KeyError, OSError) as error:  # without ROCm's library its import ends in a KeyError
-        raise UserError(
-            f"torch is built for ROCm, but AMD SMI cannot be imported ({error}): install the amdsmi of this ROCm"
-        ) from error
-
-    amdsmi.amdsmi_init()
-    try:
-        handles = amdsmi.amdsmi_get_processor_handles()
-        if not handles:
-            return {}
-        asic = amdsmi.amdsmi_get_gpu_asic_info(handles[0])
-        return {
-            "gpu": asic["market_name"],
-            "vendor": "amd",
-            "arch": asic["target_graphics_version"],
-            "memory_mb": int(amdsmi.amdsmi_get_gpu_vram_info(handles[0])["vram_size"]),
-            "driver": str(amdsmi.amdsmi_get_gpu_driver_info(handles[0])["driver_version"]),
-        }
-    finally:
-        amdsmi.amdsmi_shut_down()
+        return []
+    visible = visibility()
+    return gpus.amd(visible) if "rocm" in build else gpus.nvidia(visible.get("CUDA_VISIBLE_DEVICES"))
 
 
 def _version(name: str) -> str:
@@ -185,9 +139,41 @@ def tracking_uri() -> str | None:
     return os.environ.get("MLFLOW_TRACKING_URI") or None
 
 
+def store_environment() -> dict[str, str]:
+    """MLflow's variables: where its server is, and who we are there."""
+    return {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+
+
+def visibility() -> dict[str, str]:
+    """Those of `VISIBILITY` that are set."""
+    return {name: os.environ[name] for name in VISIBILITY if name in os.environ}
+
+
+def set_visibility(visible: Mapping[str, str]) -> None:
+    """What `visibility` told in another process."""
+    for name in VISIBILITY:
+        os.environ.pop(name, None)
+    os.environ.update(visible)
+
+
 def ceilings_path() -> str | None:
     """PI0EXP_CEILINGS: the file in which what GPUs were measured to reach is kept, in the place of the usual one."""
     return os.environ.get("PI0EXP_CEILINGS") or None
+
+
+def gpu_locks_path() -> str | None:
+    """PI0EXP_GPU_LOCKS: the folder of the locks of GPUs, for containers that share GPUs but no /tmp."""
+    return os.environ.get("PI0EXP_GPU_LOCKS") or None
+
+
+def held_gpu() -> str | None:
+    """The UUID of the GPU that the process which started this one holds for it."""
+    return os.environ.get(_HELD) or None
+
+
+def holding(uuid: str) -> dict[str, str]:
+    """What tells a process that a GPU is held for it."""
+    return {_HELD: uuid}
 
 
 def wants_full_errors() -> bool:
@@ -200,9 +186,9 @@ def let_hydra_raise() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
 
 
-def child_environment() -> dict[str, str]:
-    """The environment of the measuring process: this one's, output unbuffered."""
-    return {**os.environ, "PYTHONUNBUFFERED": "1"}
+def child_environment(more: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the measuring process: this one's and `more`, output unbuffered."""
+    return {**os.environ, **more, "PYTHONUNBUFFERED": "1"}
 
 
 @contextmanager

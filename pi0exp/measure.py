@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pi0exp import causes, config, subject
+from pi0exp import causes, config, gpu_lock, subject
 from pi0exp.errors import UnsupportedError, UserError
-from pi0exp.machine import Machine, commit, set_environment, this_machine
+from pi0exp.machine import Machine, commit, held_gpu, set_environment, this_machine
 from pi0exp.result import CONFIG_ERROR, Outcome, Result
 
 PROGRESS = "[pi0exp] "
@@ -37,11 +37,16 @@ def target_machine(wanted: config.Device) -> tuple[Machine, list[str]]:
     return machine, []
 
 
-def fingerprint(machine: Machine) -> dict[str, Any]:
-    """What a reader of the numbers may ask about the machine, the code and the day."""
+def fingerprint(machine: Machine, gpu_uuid: str | None = None) -> dict[str, Any]:
+    """What a reader of the numbers may ask about the machine, the code and the day.
+
+    gpu_uuid: which of several equal GPUs it was, where this process was not started for it; no part of the identity.
+    """
     head, dirty = commit()
     code = {"commit": head, "dirty": dirty, "date": datetime.now(UTC).date().isoformat()}
-    return {**machine.identity(), "cpu": machine.cpu, "cores": machine.cores, **code}
+    uuid = (gpu_uuid or held_gpu()) if machine.has_gpu else None
+    which = {"gpu_uuid": uuid} if uuid else {}
+    return {**machine.identity(), **which, "cpu": machine.cpu, "cores": machine.cores, **code}
 
 
 def measure(plain: dict[str, Any], folder: Path | None = None) -> Result:
@@ -97,6 +102,11 @@ def measure(plain: dict[str, Any], folder: Path | None = None) -> Result:
 
     sensors, lacking = gpu_sensors(device)
     passes = timed_passes(instance, device, settings, progress, sensors)
+    if isinstance(instance, subject.Detailed):
+        own = instance.details(settings, None if ceilings is None else ceilings.roofs.burst, progress)
+        passes.timed |= own.metrics
+        passes.samples |= own.samples
+        passes.facts |= own.facts
     metrics |= passes.metrics
     facts |= lacking | passes.facts
     if machine.has_gpu:
@@ -112,6 +122,8 @@ def measure(plain: dict[str, Any], folder: Path | None = None) -> Result:
 
     timed = passes.timed
     timed["throughput_hz"] = 1e3 * instance.samples_per_call / timed["latency_ms/p50"]
+    if "energy_j/call" in timed:
+        timed["energy_j/sample"] = timed["energy_j/call"] / instance.samples_per_call
     metrics |= {f"startup_s/{name}": seconds for name, seconds in instance.startup_s.items()} | instance.counters()
     files = instance.attachments()
     if machine.has_gpu:
@@ -119,13 +131,18 @@ def measure(plain: dict[str, Any], folder: Path | None = None) -> Result:
         timed |= gpu.metrics(timed["latency_ms/p50"])
         files |= gpu.files()
         facts |= gpu.facts()
-    if ceilings is not None:
-        work, own, p50 = thing.work(), thing.stack_work(), timed["latency_ms/p50"]
-        least = least_time(work, own, ceilings.roofs)
+    if ceilings is not None and not thing.work():  # nothing that a whole call could be compared with
+        metrics |= ceilings.metrics()
+        facts["ceilings"] = ceilings.when
+    elif ceilings is not None:
+        work, of_stack = thing.work(), thing.stack_work()
+        # At a robot's pace the clocks are rested: that may be the faster one.
+        p50 = min(timed[name] for name in ("latency_ms/p50", "latency_paced_ms/p50") if name in timed)
+        least = least_time(work, of_stack, ceilings.roofs)
         if p50 < least["roofline/floor_ms"] and ceilings.reused:
             progress("below the floor: ceilings again")
             ceilings = reached(rate, device, settings.ceilings_s, False, file, owner)
-            least = least_time(work, own, ceilings.roofs)
+            least = least_time(work, of_stack, ceilings.roofs)
         metrics |= ceilings.metrics() | least
         facts["ceilings"] = ceilings.when
         if p50 < (floor := least["roofline/floor_ms"]):
@@ -170,8 +187,17 @@ def guarded(plain: dict[str, Any], folder: Path | None = None, body: Body = meas
         return Result(Outcome.OOM if causes.is_memory(str(error)) else Outcome.ERROR, [reason])
 
 
-def main(arguments: list[str], body: Body = measure, usage: str = __doc__, name: str = "pi0exp.measure") -> int:
-    """The command: read EXPERIMENT.json, write RESULT.json, return the exit code. Others give a body of their own."""
+def main(
+    arguments: list[str],
+    body: Body = measure,
+    usage: str = __doc__,
+    name: str = "pi0exp.measure",
+    settings: Callable[[dict[str, Any]], config.MeasureConfig] = config.measure,
+) -> int:
+    """The command: read EXPERIMENT.json, write RESULT.json, return the exit code.
+
+    Others give a body of their own, and say where the measure settings of their input are.
+    """
     if len(arguments) != 2 or {"-h", "--help"} & set(arguments):
         print(usage.strip(), file=sys.stderr)
         return CONFIG_ERROR
@@ -180,7 +206,9 @@ def main(arguments: list[str], body: Body = measure, usage: str = __doc__, name:
         plain = json.loads(source.read_text())
         if not isinstance(plain, dict):
             raise UserError(f"{source}: no composed configuration, which is a JSON object")
-        result = guarded(plain, target.with_suffix(".files"), body)
+        machine, _ = target_machine(settings(plain).device)
+        with gpu_lock.taken_here(machine.has_gpu, progress):  # by the parent already, unless this was started by hand
+            result = guarded(plain, target.with_suffix(".files"), body)
         part = target.with_suffix(".part")
         part.write_text(json.dumps(result.to_dict()))
         os.replace(part, target)  # whole or not at all

@@ -1,5 +1,6 @@
 """What a user names on the command line of compare and export: runs, studies, result files, named stacks -> records."""
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,11 +58,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is to be measured, with its name and parameters as a run's."""
+    """What is to be measured, with its name and parameters as a run's. numerics: the word that it declares."""
 
     name: str
     experiment: dict[str, Any]
     params: dict[str, str]
+    numerics: str
 
 
 def name_of(params: dict[str, str]) -> str:
@@ -80,16 +82,33 @@ def store_name(uri: str | None, root: Path | None) -> str:
     return uri or tracking_uri() or str((root or default_root()) / "mlflow.db")
 
 
-def points(known: Iterable[Known]) -> list[Point]:
-    """Records, the latest first, by experiment; of each experiment those under the key of its latest record."""
-    found: dict[str, list[Known]] = {}
-    for one in known:
-        found.setdefault(_experiment(one.record), []).append(one)
+def points(known: Iterable[Known], ordered: bool = True) -> list[Point]:
+    """By experiment and GPU, each measurement once; of each experiment those under the key of its latest record.
+
+    ordered: those of one day stand with the latest first. Otherwise, and if that matters, UserError.
+    """
+    unique: dict[str, Known] = {}
+    for one in sorted(known, key=lambda one: one.date, reverse=True):
+        unique.setdefault(identity(one.record), one)
+    found: dict[tuple[str, str], list[Known]] = {}
+    for one in unique.values():
+        found.setdefault((_experiment(one.record), one.gpu), []).append(one)
     made = []
     for same in found.values():
         keyed = [one for one in same if one.record["key"] == same[0].record["key"]]
+        others = [one for one in same if one not in keyed and one.date == same[0].date]
+        if others and not ordered:
+            raise UserError(
+                f"{same[0].where} and {others[0].where}: one point, measured on one day under two keys (other code or"
+                " versions): name the one that is meant"
+            )
         made.append(Point(tuple([one for one in keyed if one.record["outcome"] == Outcome.OK] or keyed[:1])))
     return made
+
+
+def identity(record: Record) -> str:
+    """The same for two copies of one measurement, wherever they are kept: no two have the same samples."""
+    return json.dumps([record[name] for name in ("key", "outcome", "metrics", "samples")], sort_keys=True)
 
 
 def _experiment(record: Record) -> str:
@@ -126,15 +145,29 @@ class Operands:
 
         Raises UserError that says what would do.
         """
-        parts = text.split(",")
-        if len(parts) == 1:
-            kind, found = self._one(text)
-        else:
-            kind, found = "point", [known for part in parts for known in self._one(part)[1]]
-        made = points(found)
-        if kind == "point" and len(made) > 1:
-            raise UserError(f"{text}: {len(made)} different points; what commas join, and a stack, must be one")
-        return kind, made
+        if "," in text and not Path(text).exists():
+            return "point", [self._joined(text)]
+        kind, found = self._one(text)
+        return kind, points(found, ordered=not Path(text).is_dir())
+
+    def _joined(self, text: str) -> Point:
+        """Several processes of one point, each named by itself: all of them count, or none."""
+        found = [known for part in text.split(",") for known in self._one(part)[1]]
+        if len({identity(one.record) for one in found}) < len(found):
+            raise UserError(f"{text}: the same measurement twice; each process counts once")
+        if len(keys := {one.record["key"] for one in found}) > 1:
+            raise UserError(
+                f"{text}: {len(keys)} different points (experiment, machine or code); what commas join must be one"
+            )
+        [made] = points(found)
+        if len(made.known) < len(found):
+            raise UserError(f"{text}: some of them are not ok; join those that are")
+        return made
+
+    def check_words(self, *texts: str) -> None:
+        """Raises UserError where there are words, and no stack to compose them with."""
+        if self.words and not any(self._stack(text) for text in texts):
+            raise UserError(f"{' '.join(self.words)}: goes with named stacks, and neither A nor B is one")
 
     def asked(self, text: str) -> Asked:
         """The experiment to measure again: of the record that is named, or of a named stack as it is today."""
@@ -144,14 +177,16 @@ class Operands:
         if kind == "study" or len(found) != 1:
             raise UserError(f"{text}: --rerun measures two points; name a run, a result file or a stack")
         record = found[0].record
-        return Asked(name_of(record["params"]), record["experiment"], record["params"])
+        numerics = subject.subject(record["experiment"]).numerics.name
+        return Asked(name_of(record["params"]), record["experiment"], record["params"], numerics)
 
     def composed(self, stack: str) -> Asked:
         from pi0exp.point import experiment_of, run_params
 
         plain = compose.from_words([f"stack={stack}", *self.words])
-        params = run_params(plain, subject.subject(plain))
-        return Asked(name_of(params), experiment_of(plain), params)
+        thing = subject.subject(plain)
+        params = run_params(plain, thing)
+        return Asked(name_of(params), experiment_of(plain), params, thing.numerics.name)
 
     def _stack(self, text: str) -> str | None:
         """The stack's name if `text` means a stack."""
@@ -196,9 +231,9 @@ class Operands:
         """The runs of this very stack on this GPU: of the store, and of the committed results where it has none."""
         wanted = self.composed(stack).experiment
         machine, _ = target_machine(config.measure(wanted).device)
-        stored = ((name, one) for name in self._studies() for one in self.runs(name))
-        local = [Known(f"study {name}, run {one.run_id}", one.record) for name, one in stored]
-        local.sort(key=lambda known: known.date, reverse=True)
+        stored = [(one.started, name, one) for name in self._studies() for one in self.runs(name)]
+        stored.sort(key=lambda found: found[0], reverse=True)
+        local = [Known(f"study {name}, run {one.run_id}", one.record) for _, name, one in stored]
         track = config.TrackConfig(uri=self.uri, root=None if self.root is None else str(self.root))
         run = config.RunConfig(track=track)
         for among in (local, known_records(run)):

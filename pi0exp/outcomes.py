@@ -1,5 +1,6 @@
 """Hydra's callback that gathers how the points of a run or a sweep ended."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.utils import JobReturn
@@ -19,8 +20,9 @@ class Outcomes(Callback):
     """Kept out of `pi0exp.__main__`, which exists twice when it is run with `python -m`."""
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if isinstance(point := job_return._return_value, dict):
-            POINTS.append(point | {"sweep": config.hydra.mode == RunMode.MULTIRUN})
+        """Of a single point; it runs where the point runs. Those of a sweep come through pi0exp.sweeper."""
+        if config.hydra.mode != RunMode.MULTIRUN and isinstance(point := job_return._return_value, dict):
+            POINTS.append(point | {"sweep": False})
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from pi0exp import card, explain
@@ -31,6 +33,24 @@ class Outcomes(Callback):
         card.console().print(table(POINTS))
         if POINTS:
             print(closing(str(config.name), POINTS, explained and not measured))
+
+
+def gather(returns: Sequence[JobReturn]) -> None:
+    """Points of a sweep, as their launcher brought them home."""
+    for one in returns:
+        point = one._return_value if isinstance(one._return_value, dict) else died(one)
+        POINTS.append(point | {"sweep": True})
+
+
+def died(job: JobReturn) -> dict[str, Any]:
+    """The point of a job that returned nothing: its process was killed, its host went away, it was cancelled."""
+    error = job._return_value
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = f"its job died: {type(error).__name__}: {lines[0] if lines else 'no message'}"
+    given = dict(override.lstrip("+~").split("=", 1) for override in job.overrides or [] if "=" in override)
+    outcome = Outcome.ERROR
+    kept = {"outcome": outcome.value, "reasons": [reason], "exit_code": outcome.exit_code}
+    return kept | {"metrics": {}, "params": given}
 
 
 def closing(study: str, points: list[dict[str, Any]], explained: bool) -> str:

@@ -19,17 +19,19 @@ from pi0exp.card import console
 from pi0exp.errors import UserError
 from pi0exp.load import read_record, result_files
 from pi0exp.operands import name_of
+from pi0exp.option import Numerics
 from pi0exp.result import CONFIG_ERROR, Outcome
 from pi0exp.track import Record
 
-LATENCY, POWER = "latency_ms/p50", "power_w/mean"
+LATENCY, POWER, ENERGY, DOUBT = "latency_ms/p50", "power_w/mean", "energy_j/call", "energy_j/uncertainty"
 RATED_W = {"NVIDIA H200": 700.0, "AMD Instinct MI350X": 1000.0}
 """Rated power of a whole module as its data sheet has it: H200 (SXM, configurable up to 700 W), MI350X (1000 W TBP)."""
 EPILOG = """examples:
   python -m pi0exp.parity --reference h200.json --candidate mi350.json
   python -m pi0exp.parity --reference h200.json --candidate results/ --reference-watts 700 --candidate-watts 1000
 
-Files are results as `track.results=` writes them. The latency is that of the device, p50.
+Files are results as `track.results=` writes them. The latency is that of the device, p50, calls back to back. Of a
+folder those are taken that are ok and did the reference's work; what is left out is listed.
 
 exit codes: 0 answered, whoever meets the target; 2 a file that cannot be read, a run that is not ok, other work, or
 power that nobody knows."""
@@ -40,6 +42,7 @@ class Answer:
     """On one basis for one candidate. margin: target / latency - 1; above 0 the candidate has more calls a watt.
 
     reference_w, candidate_w: power. target_ms: the latency of equal performance per watt; at most that meets it.
+    uncertainty: share by which counter and samples of the power disagree, both sides' together; None where not known.
     """
 
     basis: str
@@ -48,6 +51,7 @@ class Answer:
     candidate_w: float
     target_ms: float
     latency_ms: float
+    uncertainty: float | None = None
 
     @property
     def meets(self) -> bool:
@@ -75,6 +79,17 @@ def measured_w(record: Record) -> float | None:
     """Mean watts while the calls ran; None where the record has none."""
     found = record["metrics"].get(POWER)
     return float(found) if found is not None and math.isfinite(found) and found > 0 else None
+
+
+def uncertainty(*records: Record) -> float | None:
+    """Of the ratio of their energies, as a share: root of the sum of squares; None where one of them does not say."""
+    shares = []
+    for record in records:
+        energy, doubt = (record["metrics"].get(name) for name in (ENERGY, DOUBT))
+        if energy is None or doubt is None:
+            return None
+        shares.append(doubt / energy)
+    return math.hypot(*shares)
 
 
 def checked(path: Path, record: Record) -> Record:
@@ -115,7 +130,8 @@ def answers(
                 lacking.append(f"{basis} power: not known of {' and of '.join(who)} ({_HINTS[basis]})")
             else:
                 target = target_ms(float(reference["metrics"][LATENCY]), pair[0], pair[1])
-                made.append(Answer(basis, name, pair[0], pair[1], target, latency))
+                doubt = uncertainty(reference, candidate) if basis == "measured" else None
+                made.append(Answer(basis, name, pair[0], pair[1], target, latency, doubt))
         if len(lacking) == len(own):
             raise UserError("; ".join(lacking))
         notes += lacking
@@ -129,13 +145,46 @@ _HINTS = {
 
 
 def label(record: Record) -> str:
-    return f"{record['fingerprint'].get('gpu', '?')}: {name_of(record['params']) or record['key']}"
+    """The GPU and what ran; also the error where other actions were declared."""
+    name = f"{record['fingerprint'].get('gpu', '?')}: {name_of(record['params']) or record['key']}"
+    if record["numerics"] != Numerics.APPROXIMATE.name:
+        return name
+    error = record["metrics"].get("error/rel_l2")
+    return f"{name} ({record['numerics']}, {'error not known' if error is None else f'rel L2 {error:.1e}'})"
+
+
+def fitting(paths: list[Path], reference: Record) -> tuple[dict[str, Record], list[str]]:
+    """Candidates by their labels, and a sentence for each result in a folder that is none.
+
+    Raises UserError for a file that was named and is none, and where nothing is left.
+    """
+    found: dict[str, Record] = {}
+    left_out = []
+    for given in paths:
+        for path in result_files([given]):
+            record = read_record(path)
+            try:
+                checked(path, record)
+                same_work(path, reference, record)
+            except UserError as error:
+                if not given.is_dir():
+                    raise
+                left_out.append(f"left out: {error}")
+                continue
+            name = label(record)
+            found[name if name not in found else f"{name} ({path})"] = record
+    if not found:
+        raise UserError(f"{', '.join(map(str, paths))}: no result there did the reference's work and ended ok")
+    return found, left_out
 
 
 def sentence(one: Answer) -> str:
     """Who meets it, by how much."""
     share = abs(100 * one.margin)
     verdict = f"meets it, {share:.1f} % more calls a watt" if one.meets else f"misses it, {share:.1f} % fewer"
+    if one.uncertainty is not None:
+        within = ", which is within it" if abs(one.margin) <= one.uncertainty else ""
+        verdict += f" (power known to {100 * one.uncertainty:.1f} %{within})"
     return (
         f"{one.basis} power: {one.reference_w:.0f} W / {one.candidate_w:.0f} W -> target {one.target_ms:.2f} ms;"
         f" {one.candidate} needs {one.latency_ms:.2f} ms: {verdict}"
@@ -166,13 +215,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         reference = checked(given.reference, read_record(given.reference))
-        candidates: dict[str, Record] = {}
-        for path in result_files(given.candidate):
-            record = checked(path, read_record(path))
-            same_work(path, reference, record)
-            name = label(record)
-            candidates[name if name not in candidates else f"{name} ({path})"] = record
+        candidates, left_out = fitting(given.candidate, reference)
         found, notes = answers(reference, candidates, given.reference_watts, given.candidate_watts)
+        notes += left_out
     except UserError as error:
         print(f"pi0exp: {' '.join(str(error).split())}", file=sys.stderr)
         return CONFIG_ERROR

@@ -137,6 +137,10 @@ def timed_passes(
         made.timed |= power.metrics
         made.samples |= {"power_w": power.samples_w} if power.samples_w else {}
         made.facts["power"] = power.source
+        if power.sm_mhz is not None:
+            made.metrics["clock_mhz/sm_loaded"] = power.sm_mhz
+        if power.held:
+            made.facts["clocks_loaded"] = f"held down: {power.held} of the power pass"
         with suppress(SensorError):
             made.timed["power_w/limit"] = sensors.power_limit_w()
 

@@ -10,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from pi0exp import compose, config, interrupts, plugins, subject
-from pi0exp.card import card, console, word
+from pi0exp.card import card, console
 from pi0exp.errors import UserError
+from pi0exp.exhibits import machine_tags
 from pi0exp.isolate import measure_isolated
 from pi0exp.key import point_key
 from pi0exp.load import read_record, try_folder, write_record
 from pi0exp.machine import Machine, tracking_uri
 from pi0exp.measure import fingerprint, target_machine
 from pi0exp.result import Outcome, Result, record
+from pi0exp.title import title
 from pi0exp.track import Store
 
-LABELS = ("stack", "study")
+LABELS = ("subject", "stack", "study")
 """Names that stand for other choices, which are there themselves."""
-FRAME = ("name", "resume", "track", "changed")
+FRAME = ("name", "resume", "track", "report", "changed")
 """What does not make a point, or says again what does: two that agree in everything else are one point."""
 
 
@@ -44,7 +46,8 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
         store.spool.bring_in(lambda run_id, path: bring_in(store, run_id, path))
         store.mark_torn(run.name)
     experiment = experiment_of(plain)
-    key, name, params = point_key(experiment, machine.identity()), run_name(plain), run_params(plain, thing)
+    key, params = point_key(experiment, machine.identity()), run_params(plain, thing)
+    name = title(params)
     if run.resume and (settled := store.settled(run.name, key)) is not None:
         if results is not None:
             write_record(settled.record, results)
@@ -75,7 +78,7 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
                 result = Result(Outcome.UNSUPPORTED, reasons)
             else:
                 with shown_progress(name) as progress:
-                    result = measure_isolated(experiment, settings.timeout_s, progress, kept)
+                    result = measure_isolated(experiment, settings.timeout_s, progress, kept, on_gpu=machine.has_gpu)
         except KeyboardInterrupt as error:
             finish(Result(Outcome.INTERRUPTED, [f"stopped by {error or 'Ctrl-C'}"]))
             raise
@@ -148,8 +151,15 @@ def run_params(plain: dict[str, Any], thing: subject.Subject) -> dict[str, str]:
 
     Options of single stages, and settings that are not as in the option's file, follow their group.
     """
-    names = {name: str(option) for name, option in plain["names"].items() if name != "study"}
-    return stack_params(plain) | names | thing.params()
+    names = {name: str(option) for name, option in plain["names"].items() if name not in ("study", "subject")}
+    what = {"subject": other} if (other := other_subject(plain)) else {}
+    return stack_params(plain) | what | names | thing.params()
+
+
+def other_subject(plain: dict[str, Any]) -> str:
+    """The name of a subject that is not the one measured by default, the policy; "" for that one."""
+    name = str(plain["names"].get("subject", ""))
+    return "" if name == compose.defaults()["subject"] else name
 
 
 def stack_params(plain: dict[str, Any]) -> dict[str, str]:
@@ -158,20 +168,8 @@ def stack_params(plain: dict[str, Any]) -> dict[str, str]:
     return {name: given[name] for group in config.GROUPS for name in given if name.split(".")[0] == group}
 
 
-def run_name(plain: dict[str, Any]) -> str:
-    """What is measured, and the stack's name if it has one, else its options and settings that are not plain."""
-    names, defaults = plain["names"], compose.defaults()
-    what = [name for group, name in names.items() if group.split(".")[0] not in (*config.GROUPS, *_UNNAMED)]
-    special = [word(name, value) for name, value in stack_params(plain).items() if defaults.get(name) != value]
-    return "  ".join([*what, names.get("stack") or " ".join(special) or "plain"])
-
-
-_UNNAMED = (*LABELS, "measure")
-
-
 def tags(machine: Machine, numerics: str) -> dict[str, str]:
-    prints = fingerprint(machine)
-    return {name: str(prints[name]) for name in ("gpu", "arch", "commit", "dirty")} | {"numerics": numerics}
+    return machine_tags(fingerprint(machine)) | {"numerics": numerics}
 
 
 def shown(made: dict[str, Any], run_id: str, settled: bool) -> dict[str, Any]:

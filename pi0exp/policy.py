@@ -8,7 +8,7 @@ the host knows. The device part then runs on it and depends on nothing but its `
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -108,7 +108,7 @@ class Policy:
         """Meanwhile each function that computes a stage is `watch(stage, function)`, outermost, so that nothing is
         captured or compiled anew. Only where the stages are apart."""
         inner, own = vars(self.model), dict[str, Any]()
-        names = [(stage, name) for stage, methods in STAGE_METHODS.items() for name in methods]
+        names = [(stage, name) for stage, methods in self.stage_methods.items() for name in methods]
         for stage, name in names:
             if name in inner:
                 own[name] = inner[name]
@@ -178,17 +178,26 @@ class Policy:
 
     def wrap_stage(self, stage: str, wrapper: Callable[[Any], Any], what: str) -> None:
         """Replace each function that computes a stage by `wrapper` of it."""
-        for name in STAGE_METHODS[stage]:
+        for name in self.stage_methods[stage]:
             setattr(self.model, name, wrapper(getattr(self.model, name)))
             self.note(f"{stage}: Pi0.{name} -> {what}")
+
+    @property
+    def stage_methods(self) -> Mapping[str, tuple[str, ...]]:
+        """Stage -> the methods of the model that compute it."""
+        return STAGE_METHODS
+
+    def blocks(self, stage: str) -> list[Any]:
+        """The transformer blocks of a stage."""
+        stacks = {"vision": self.model.vision, "prefill": self.model.paligemma, "denoise": self.model.expert}
+        return list(stacks[stage].get_submodule("blocks").children())
 
     def wrap_blocks(self, stage: str, wrapper: Callable[[Any], Any], what: str) -> None:
         """Replace the forward of each transformer block of a stage; blocks of one class share one wrapped function.
 
         wrapper: (function of the block and its arguments) -> a function that computes the same.
         """
-        stacks = {"vision": self.model.vision, "prefill": self.model.paligemma, "denoise": self.model.expert}
-        blocks: list[Any] = list(stacks[stage].get_submodule("blocks").children())
+        blocks = self.blocks(stage)
         wrapped = {kind: wrapper(kind.forward) for kind in dict.fromkeys(type(block) for block in blocks)}
         for block in blocks:
             block.forward = partial(wrapped[type(block)], block)

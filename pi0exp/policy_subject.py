@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pi0exp import build, config, roofline, stack_work, verify
+from pi0exp.checked import apply_checked
 from pi0exp.graphs.capture import Capture, launched_one_by_one
 from pi0exp.machine import Machine
 from pi0exp.model.checkpoint import Checkpoint, find_checkpoint
@@ -29,7 +30,7 @@ from pi0exp.policy import Policy, Watch
 from pi0exp.precision.option import PrecisionOption, allow_tf32
 from pi0exp.preprocess import Normalization, load_normalization
 from pi0exp.subject import Progress, StageWork, Verdict
-from pi0exp.workload import HostInput, Inputs, Workload, host_inputs, verification_inputs
+from pi0exp.workload import KINDS, HostInput, Inputs, Workload, host_inputs, verification_inputs
 
 _FLOAT64_LIMIT = 100_000_000
 """Parameters up to which the truth of fp32 is taken in float64; beyond it memory and time do not pay."""
@@ -45,11 +46,13 @@ class PolicySubject:
     weights: config.Weights
     workload: Workload
     stack: config.Stack
+    observations: int = 8
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Self:
         dimensions, weights = config.model(plain)
-        return cls(dimensions, weights, config.workload(plain), config.stack(plain))
+        observations = config.measure(plain).observations if "measure" in plain else cls.observations
+        return cls(dimensions, weights, config.workload(plain), config.stack(plain), observations)
 
     def params(self) -> dict[str, str]:
         given = {name: value for name, value in vars(self.workload).items() if name != "name" and value is not None}
@@ -126,6 +129,15 @@ class PolicySubject:
         model = build_model(self.dimensions, precision, self.source(device), device)
         return Policy(model, self.workload.horizon, self.workload.num_steps)
 
+    def without_numbers(self) -> Policy:
+        """The plain policy at full size in no memory, on torch's meta device."""
+
+        def empty(name: str, shape: tuple[int, ...]) -> Tensor:
+            return torch.empty(shape, device="meta")
+
+        model = build_model(self.dimensions, self.precision.model, empty, "meta")
+        return Policy(model, self.workload.horizon, self.workload.num_steps)
+
     def on_device(self, items: Sequence[HostInput], device: torch.device) -> list[DeviceInput]:
         return [(item.observation(self.dimensions, device), torch.from_numpy(item.noise).to(device)) for item in items]
 
@@ -138,7 +150,8 @@ class PolicySubject:
         return policy
 
     def build(self, device: torch.device, inputs: int, progress: Progress) -> PolicyInstance:
-        checks = self.on_device(verification_inputs(self.workload, self.dimensions, self.normalization), device)
+        given = verification_inputs(self.workload, self.dimensions, self.normalization, self.observations)
+        checks = self.on_device(given, device)
         progress("verify: truth")
         truth = self.truth(checks, device)
 
@@ -151,20 +164,10 @@ class PolicySubject:
 
         progress("verify: plain model")
         allow_tf32(self.precision.tf32)
-        plain = before = run(policy, checks)
-        failures: list[str] = []
-        start = time.perf_counter()
-        for group, option in build.apply_stack(policy, self.stack):
-            startup_s["build"] += time.perf_counter() - start
-            # A precision always says which one it is; if it says more, it has changed the model.
-            if not isinstance(option, PrecisionOption) or len(policy.applied[group]) > 1:
-                progress(f"verify: {group}")
-                startup_s["first_call"] += first_call(policy, checks[0])
-                after = run(policy, checks)
-                if option.numerics is Numerics.EXACT and (difference := verify.unequal(before, after)):
-                    failures.append(f"{group} {difference}")
-                before = after
-            start = time.perf_counter()
+        plain = run(policy, checks)
+        done = apply_checked(policy, self.stack, lambda few: run(policy, checks[:few]), plain, progress)
+        startup_s["build"] += done.build_s
+        startup_s["first_call"] = done.first_call_s
         bound = build.bound(self.stack)
         judge = partial(
             verify.judge,
@@ -173,23 +176,21 @@ class PolicySubject:
             numerics=self.numerics,
             precision=self.precision.model.name,
             bound=bound,
+            kinds=KINDS,
         )
-        verdict = judge(before, exact_failures=failures)
+        verdict = judge(done.found, exact_failures=done.failures)
         made = self.inputs(inputs)
         facts = made.facts | {"weights": "random" if self.checkpoint is None else "checkpoint"}
-        given = self.on_device(made.items, device)
+        resident = self.on_device(made.items, device)
         return PolicyInstance(
-            self, policy, verdict, startup_s, facts, made.items, given, lambda: judge(run(policy, checks))
+            self, policy, verdict, startup_s, facts, made.items, resident, lambda: judge(run(policy, checks))
         )
 
     def truth(self, checks: Sequence[DeviceInput], device: torch.device) -> list[Tensor]:
         """The actions that all others are judged by; the model that computes them is gone afterwards."""
-        precision = self.precision.truth
         parameters = sum(math.prod(shape) for shape in parameter_shapes(self.dimensions).values())
-        if precision.activations is torch.float64 and parameters > _FLOAT64_LIMIT:
-            precision = self.precision.model
         allow_tf32(False)
-        policy = self.plain_policy(precision, device)
+        policy = self.plain_policy(truth_precision(self.precision, parameters), device)
         actions = run(policy, checks)
         del policy
         gc.collect()
@@ -198,16 +199,15 @@ class PolicySubject:
         return actions
 
 
+def truth_precision(option: PrecisionOption, parameters: int) -> Precision:
+    """The precision of the truth for a model of so many parameters."""
+    too_large = option.truth.activations is torch.float64 and parameters > _FLOAT64_LIMIT
+    return option.model if too_large else option.truth
+
+
 def run(policy: Policy, inputs: Sequence[DeviceInput]) -> list[Tensor]:
     """Actions for every input, on the host."""
     return [policy.sample_actions(observation, noise_BCA).cpu() for observation, noise_BCA in inputs]
-
-
-def first_call(policy: Policy, given: DeviceInput) -> float:
-    """Seconds of the first call after a change: compilation, capture, algorithm choice."""
-    start = time.perf_counter()
-    run(policy, [given])
-    return time.perf_counter() - start
 
 
 def synchronize(device: torch.device) -> None:

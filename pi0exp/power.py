@@ -4,20 +4,27 @@ A thread reads the GPU's energy counter and its power every 20 ms while calls fo
 steps of some tens of milliseconds, so the window begins and ends at a step; the calls within it are counted by the
 times at which they ended. Where both exist, the power samples are integrated over the same window, and the difference
 of the two energies is the uncertainty of the figure. Where only power exists, the energy is that integral.
+
+Now and then it also looks at the clock and at why it is held down: this is the longest load of a measurement.
 """
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from statistics import median
+from typing import TypeVar
 
 import numpy as np
 
 from pi0exp.sensors import SensorError, Sensors
 
+T = TypeVar("T")
 INTERVAL_S = 0.02
+CLOCK_EVERY = 5
+"""Readings between two looks at the clock, which take time that the counter's steps would be known less well by."""
 LEAD_S = 1.5
 """Calls before the window, so that a sensor that shows the mean of a second has forgotten what was before them."""
 SPAN = 0.5
@@ -29,29 +36,38 @@ readings: with half of 5 s, to 0.8 % of the energy."""
 class Readings:
     """What the sensors said during the pass. at_s: host clock; energy_j, power_w: None where there was no answer.
 
-    why_not: "energy" or "power" -> why it was missing at its first reading.
+    sm_mhz: the clock at each look, throttle: why it was held down; both without the looks that had no answer.
+    why_not: "energy", "power", "clock" or "throttle" -> why it was missing at its first reading.
     """
 
     at_s: list[float] = field(default_factory=list)
     energy_j: list[float | None] = field(default_factory=list)
     power_w: list[float | None] = field(default_factory=list)
+    sm_mhz: list[float] = field(default_factory=list)
+    throttle: list[list[str]] = field(default_factory=list)
     why_not: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Power:
-    """Metrics of the pass, every power sample in W, and in words how they were got or why there are none."""
+    """Metrics of the pass, every power sample in W, and in words how they were got or why there are none.
+
+    sm_mhz: median clock of the multiprocessors; held: why it was held down and in which share of the looks, "" where it
+    was not. None where the GPU does not tell.
+    """
 
     metrics: dict[str, float]
     samples_w: list[float]
     source: str
+    sm_mhz: float | None = None
+    held: str | None = None
 
 
 def read(sensors: Sensors, readings: Readings) -> None:
-    """One reading of each sensor, appended."""
+    """One reading of energy and power, appended; of the clock every `CLOCK_EVERY` times."""
     at_s = time.perf_counter()
 
-    def ask(name: str, question: Callable[[], float]) -> float | None:
+    def ask(name: str, question: Callable[[], T]) -> T | None:
         try:
             return question()
         except SensorError as error:
@@ -59,6 +75,11 @@ def read(sensors: Sensors, readings: Readings) -> None:
             return None
 
     energy_j, power_w = ask("energy", sensors.energy_j), ask("power", sensors.power_w)
+    if len(readings.at_s) % CLOCK_EVERY == 0:
+        if (clocks := ask("clock", sensors.clocks_mhz)) is not None:
+            readings.sm_mhz.append(clocks["sm"])
+        if (reasons := ask("throttle", sensors.throttle)) is not None:
+            readings.throttle.append(reasons)
     readings.at_s.append(at_s)
     readings.energy_j.append(energy_j)
     readings.power_w.append(power_w)
@@ -91,7 +112,15 @@ def measure_power(call: Callable[[int], object], sensors: Sensors, seconds: floa
         thread.join()
     if failures:
         raise failures[0]
-    return figures(ends_s, readings, sensors.power_kind)
+    found = figures(ends_s, readings, sensors.power_kind)
+    return replace(found, sm_mhz=median(readings.sm_mhz) if readings.sm_mhz else None, held=held(readings.throttle))
+
+
+def held(throttle: list[list[str]]) -> str | None:
+    """Each reason with the share of the looks that met it, the most frequent first; None where there was no look."""
+    counts = Counter(reason for reasons in throttle for reason in reasons)
+    named = [f"{reason} {100 * count / len(throttle):.0f} %" for reason, count in counts.most_common()]
+    return ", ".join(named) if throttle else None
 
 
 def figures(ends_s: list[float], readings: Readings, power_kind: str) -> Power:
@@ -102,7 +131,7 @@ def figures(ends_s: list[float], readings: Readings, power_kind: str) -> Power:
     """
     at_s, power = _known(readings, readings.power_w)
     window, why = _counter_window(readings)
-    inside = f"power sampled every {1e3 * INTERVAL_S:.0f} ms ({power_kind})"
+    inside = f"power sampled every {1e3 * _interval_s(at_s):.0f} ms ({power_kind})"
     if window is None:
         if len(power) < 2:
             return Power({}, power, f"absent: {why}; {readings.why_not.get('power', 'no power was read')}")
@@ -128,6 +157,11 @@ def figures(ends_s: list[float], readings: Readings, power_kind: str) -> Power:
     elif window is not None:
         source += f"; no power: {readings.why_not.get('power', 'it was not read')}"
     return Power(metrics, power, f"{source}; {calls:.0f} calls in {end_s - begin_s:.1f} s")
+
+
+def _interval_s(at_s: list[float]) -> float:
+    """Between two readings, in the median: what was reached, whatever was meant."""
+    return median(b - a for a, b in pairwise(at_s)) if len(at_s) > 1 else INTERVAL_S
 
 
 def _known(readings: Readings, values: list[float | None]) -> tuple[list[float], list[float]]:

@@ -43,6 +43,7 @@ CONFIG_ERROR = 2
 TIMED = (
     *("latency_ms/", "latency_host_ms/", "latency_paced_ms/", "stage_ms/", "sampling/", "throughput_hz"),
     *("power_w/", "energy_j/", "perf_per_watt", "roofline/share", "kernels_", "gpu/", "gemm/"),
+    *("case_us/", "case_ratio/", "case_share/", "case_tflop_per_s/", "cases/"),
 )
 """Prefixes of the metrics that only a correct and proven run may carry."""
 

@@ -36,6 +36,8 @@ def roofline_svg(work: list[StageWork], roofs: Rooflines, timed: dict[str, float
             note = f"{name} {100 * reached[name]:.0f} %"
             axes.annotate(note, (intensity, rate / 1e12), textcoords="offset points", xytext=(6, -10))
         axes.set(xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="TFLOP/s")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(lambda rate, _: f"{rate:g}" if f"{rate:e}"[0] in "25" else "")
         axes.legend(title="ceilings", loc="lower right")
         axes.grid(True, linewidth=0.3)
         text = io.StringIO()

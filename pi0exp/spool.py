@@ -103,6 +103,7 @@ class Spool:
                         print(f"pi0exp: {path} cannot be brought into the store: {error}", file=sys.stderr)
                 else:
                     path.unlink(missing_ok=True)
+            self._clear(self._folders[0])
 
     def _clear(self, folder: Path) -> None:
         """Remove what processes that are gone had reserved or begun to write."""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from pi0exp.errors import UserError
 from pi0exp.option import Numerics
@@ -18,7 +18,9 @@ from pi0exp.option import Numerics
 if TYPE_CHECKING:
     import torch
 
+    from pi0exp.config import MeasureConfig
     from pi0exp.machine import Machine
+    from pi0exp.roofline import Ceilings
 
 Watch = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 Progress = Callable[[str], None]
@@ -94,6 +96,24 @@ class Instance(Protocol):
     def counters(self) -> dict[str, float]: ...
     def attachments(self) -> dict[str, str]:
         """File name -> text that is kept with the result."""
+        ...
+
+
+@dataclass
+class Details:
+    """Times beside those of the whole call. metrics: named case..., see `pi0exp.result.TIMED`; samples: every one."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Detailed(Protocol):
+    """An instance whose parts are timed one by one, in a pass of their own."""
+
+    def details(self, settings: MeasureConfig, ceilings: Ceilings | None, progress: Progress) -> Details:
+        """ceilings: in short bursts; None where the machine has none."""
         ...
 
 

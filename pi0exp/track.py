@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from pi0exp import spool
+from pi0exp import exhibits, spool
 from pi0exp.backend import Database, import_mlflow, prepare, reach, told
 from pi0exp.errors import UserError
 from pi0exp.owner import Owner, this_process
 from pi0exp.result import Outcome
+from pi0exp.title import title
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
-Record = dict[str, Any]
-"""A measured point in the form of pi0exp.result.record."""
+Record = exhibits.Record
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 """What a study may be called; it names an MLflow experiment and a folder."""
@@ -40,10 +40,11 @@ TAG_CHARACTERS = 4000
 
 @dataclass(frozen=True)
 class Stored:
-    """A point that was found in the store."""
+    """A point that was found in the store. started: when its run was opened, in milliseconds since 1970."""
 
     run_id: str
     record: Record
+    started: int = 0
 
 
 def default_root() -> Path:
@@ -168,19 +169,16 @@ class Store:
             Metric("samples/latency_ms", value, now, step)
             for step, value in enumerate(record["samples"].get("latency_ms", []))
         ]
-        tags = {f"facts.{name}": value for name, value in record["facts"].items()}
-        tags |= {"reasons": "\n".join(record["reasons"]), "numerics": record["numerics"]}
-        tags |= {"mlflow.note.content": _note(record)}
+        texts = exhibits.texts(record)
+        tags = exhibits.tags(record, texts)
         if unfit := [f"{name}={value}" for name, value in metrics.items() if not math.isfinite(value)]:
             tags["nonfinite"] = ", ".join(unfit)
         outcome = Outcome(record["outcome"])
         with told(self._name):
-            self._client.log_text(run_id, json.dumps(record["experiment"], indent=2), "experiment.json")
-            self._client.log_text(run_id, json.dumps(record), "result.json")
-            if record["log"]:
-                self._client.log_text(run_id, record["log"], "log.txt")
-            for file, text in record.get("files", {}).items():  # records of earlier versions have none
-                self._client.log_text(run_id, text, f"files/{file}")
+            for path, text in texts.items():
+                self._client.log_text(run_id, text, path)
+            for path, figure in exhibits.figures(record):
+                self._client.log_figure(run_id, figure, path)
             for some in _chunks(finite + samples, 1000):
                 self._client.log_batch(run_id, metrics=some)
             for chosen in _chunks([RunTag(name, value) for name, value in _cut(tags).items()], 100):
@@ -228,10 +226,9 @@ class Store:
                 run = None
         if run is None or run.info.lifecycle_stage != "active":
             begun = next(self._search(record["study"], f"tags.spooled = '{run_id}'"), None)
-            tags = {name: str(record["fingerprint"].get(name) or "") for name in _PRINTS}
-            tags |= {"imported": "true", "spooled": run_id}
-            title = record["params"].get("stack", record["key"])
-            start = partial(self.start, record["study"], title, record["key"], record["params"], tags)
+            tags = {"imported": "true", "spooled": run_id}
+            name = title(record["params"])
+            start = partial(self.start, record["study"], name, record["key"], record["params"], tags)
             self.finish(begun.info.run_id if begun else start(), record)
         elif run.data.tags.get("outcome") != record["outcome"] or run.info.status == "RUNNING":
             self.finish(run_id, record)
@@ -257,17 +254,12 @@ class Store:
                 )
         return None
 
-    def import_record(self, record: Record, name: str | None = None) -> tuple[str, bool]:
-        """Bring in a point measured elsewhere. (run id, whether it is new): a record is brought in only once.
-
-        name: of the run in MLflow's tables; otherwise the stack among the params, or the key where there is none.
-        """
+    def import_record(self, record: Record) -> tuple[str, bool]:
+        """Bring in a point measured elsewhere. (run id, whether it is new): a record is brought in only once."""
         self.mark_torn(record["study"])
         if run_id := self.find(record):
             return run_id, False
-        tags = {name: str(record["fingerprint"].get(name, "")) for name in _PRINTS}
-        tags = {name: value for name, value in tags.items() if value} | {"imported": "true"}
-        name = name or record["params"].get("stack", record["key"])
+        name, tags = title(record["params"]), {"imported": "true"}
         run_id = self.start(record["study"], name, record["key"], record["params"], tags)
         try:
             self.finish(run_id, record)
@@ -327,13 +319,9 @@ class Store:
                 return None
             text = Path(self._client.download_artifacts(run_id, "result.json", folder)).read_text()
         try:
-            return Stored(run_id, json.loads(text))
+            return Stored(run_id, json.loads(text), int(run.info.start_time))
         except ValueError as error:
             raise UserError(f"{self._name}: result.json of run {run_id} is torn ({error}); delete that run") from error
-
-
-_PRINTS = ("gpu", "arch", "commit", "dirty")
-"""What of a fingerprint is a tag too."""
 
 
 def _text(record: Record) -> str:
@@ -353,15 +341,3 @@ def _status(outcome: Outcome) -> str:
     if outcome is Outcome.INTERRUPTED:
         return "KILLED"
     return "FINISHED" if outcome.settled else "FAILED"
-
-
-def _note(record: Record) -> str:
-    """What MLflow shows at the top of a run's page."""
-    numerics = f", {record['numerics']}" if record["numerics"] else ""
-    lines = [f"**{record['outcome']}**{numerics}", *(f"- {reason}" for reason in record["reasons"])]
-    metrics = {name: f"{value:.6g}" for name, value in record["metrics"].items()}
-    for title, rows in (("parameter", record["params"]), ("metric", metrics)):
-        if rows:
-            lines += ["", f"| {title} | value |", "|---|---|"]
-            lines += ["| {} | {} |".format(name, value.replace("|", "\\|")) for name, value in rows.items()]
-    return "\n".join(lines)

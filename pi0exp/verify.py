@@ -38,13 +38,13 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values)) if all(values) else 0.0
 
 
-def unequal(before: Sequence[Tensor], after: Sequence[Tensor]) -> str:
-    """How an option that declared EXACT changed the actions; empty if it did not."""
+def unequal(before: Sequence[Tensor], after: Sequence[Tensor], of: str = "actions") -> str:
+    """How an option that declared EXACT changed the actions, or whatever it is of; empty if it did not."""
     changed = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if not torch.equal(a, b)]
     if not changed:
         return ""
     largest = max((before[i].double() - after[i].double()).abs().max().item() for i in changed)
-    return f"declared EXACT, but changed {len(changed)} of {len(before)} observations' actions, by up to {largest:.3g}"
+    return f"declared EXACT, but changed {len(changed)} of {len(before)} observations' {of}, by up to {largest:.3g}"
 
 
 def judge(
@@ -55,15 +55,18 @@ def judge(
     precision: str,
     exact_failures: Sequence[str] = (),
     bound: float | None = None,
+    kinds: Sequence[str] = (),
+    of: str = "actions",
 ) -> Verdict:
     """Hold the actions of the stack, `found`, against the plain model's and the truth's: each a list of [B, C, A].
 
     `precision` is the name of the plain model's; fp32 has an absolute limit, all others are relative to that model.
-    `bound`: the relative L2 error that an APPROXIMATE stack allows itself on each observation.
+    kinds: names of as many equal parts of the lists, whose errors are told apart, too: error/rel_l2_<kind>. `of`: what
+    they are, for reasons. `bound`: the relative L2 error that an APPROXIMATE stack allows itself on each observation.
     """
     for whose, given in (("", found), ("plain model's ", plain), ("truth's ", truth)):
         if not all(torch.isfinite(actions).all() for actions in given):
-            return Verdict([f"the {whose}actions are not finite", *exact_failures])
+            return Verdict([f"the {whose}{of} are not finite", *exact_failures])
     errors = [error for pair in zip(found, truth, strict=True) for error in rel_l2(*pair)]
     own = [error for pair in zip(plain, truth, strict=True) for error in rel_l2(*pair)]
     metrics = {
@@ -71,16 +74,18 @@ def judge(
         f"error/rel_l2_plain_{precision}": geometric_mean(own),
         "error/max_abs": max((a.double() - b.double()).abs().max().item() for a, b in zip(found, truth, strict=True)),
     }
+    if kinds and len(errors) % len(kinds) == 0:
+        part = len(errors) // len(kinds)
+        parts = {kind: errors[i * part : (i + 1) * part] for i, kind in enumerate(kinds)}
+        metrics |= {f"error/rel_l2_{kind}": geometric_mean(values) for kind, values in parts.items()}
     wrong = list(exact_failures)
-    if numerics is Numerics.EXACT and (difference := unequal(plain, found)):
+    if numerics is Numerics.EXACT and (difference := unequal(plain, found, of)):
         wrong.append(f"the whole stack {difference}")
     if numerics is Numerics.APPROXIMATE and bound is not None and max(errors) > bound:
-        wrong.append(f"relative L2 error {max(errors):.3g} of the actions is above the bound {bound:g} that was stated")
+        wrong.append(f"relative L2 error {max(errors):.3g} of the {of} is above the bound {bound:g} that was stated")
     if precision == "fp32" and numerics is not Numerics.APPROXIMATE:
         if max(errors) > FP32_LIMIT:
-            wrong.append(
-                f"relative L2 error {max(errors):.3g} of the actions is above the limit {FP32_LIMIT:g} of fp32"
-            )
+            wrong.append(f"relative L2 error {max(errors):.3g} of the {of} is above the limit {FP32_LIMIT:g} of fp32")
     elif numerics is Numerics.REORDERED or all(own):
         # A plain model without any error is itself the truth; to be a multiple of that says nothing.
         ratios = [error / max(base, 1e-300) for error, base in zip(errors, own, strict=True)]

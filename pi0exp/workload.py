@@ -193,19 +193,25 @@ def _recorded(
     return rows
 
 
-def verification_inputs(workload: Workload, config: ModelConfig, normalization: Normalization) -> list[HostInput]:
-    """Eight inputs on which an option has to give the reference's actions, whatever the workload looks like.
+KINDS = ("given", "padded", "absent", "both")
+"""Of the inputs of a verification, a quarter each, in this order."""
 
-    0, 1: as the workload has them. 2, 3: with padding behind the prompt. 4, 5: with an absent camera. 6, 7: both.
-    A workload whose prompt is padded or that lacks a camera already stays so. In 6 and 7 a batch of several rows has
+
+def verification_inputs(
+    workload: Workload, config: ModelConfig, normalization: Normalization, count: int = 8
+) -> list[HostInput]:
+    """Inputs on which an option has to give the reference's actions, whatever the workload looks like.
+
+    A quarter each, see KINDS: as the workload has them; with padding behind the prompt; with an absent camera; both.
+    A workload whose prompt is padded or that lacks a camera already stays so. In the last a batch of several rows has
     prompts of different lengths.
     """
-    items = host_inputs(workload, config, normalization, 8).items
+    items, part = host_inputs(workload, config, normalization, count).items, count // len(KINDS)
     return [
-        *items[:2],
-        *(_with_padding(item, mixed=False) for item in items[2:4]),
-        *(_without_camera(item) for item in items[4:6]),
-        *(_without_camera(_with_padding(item, mixed=True)) for item in items[6:]),
+        *items[:part],
+        *(_with_padding(item, mixed=False) for item in items[part : 2 * part]),
+        *(_without_camera(item) for item in items[2 * part : 3 * part]),
+        *(_without_camera(_with_padding(item, mixed=True)) for item in items[3 * part :]),
     ]
 
 

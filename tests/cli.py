@@ -34,13 +34,17 @@ def environment(scratch: Path) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(TESTS), "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
 
 
-def start(root: Path, *words: str) -> subprocess.Popen[str]:
-    """`python -m pi0exp` with its store in `root`, in a process group of its own."""
-    root.mkdir(parents=True, exist_ok=True)
+def start(root: Path, *words: str, scratch: Path | None = None, **variables: str) -> subprocess.Popen[str]:
+    """`python -m pi0exp` with its store in `root`, in a process group of its own.
+
+    scratch: for its temporary files, `root` unless it is given. variables: of its environment, beside the usual ones.
+    """
+    if scratch is None:
+        root.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(
         [sys.executable, "-m", "pi0exp", f"track.root={root}", *words],
         cwd=REPOSITORY,
-        env=environment(root),
+        env=environment(scratch or root) | variables,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -56,9 +60,11 @@ def heed_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def pi0exp(root: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    process = start(root, *words)
-    out, err = process.communicate(timeout=300)
+def pi0exp(
+    root: Path, *words: str, scratch: Path | None = None, timeout_s: float = 300, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    process = start(root, *words, scratch=scratch, **variables)
+    out, err = process.communicate(timeout=timeout_s)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

@@ -41,7 +41,11 @@ class Faulty(Option):
             return
         mark.touch()
         print(f"about to {self.fault}", flush=True)
-        FAULTS[self.fault](policy)
+        self.known[self.fault](policy)
+
+    @property
+    def known(self) -> dict[str, Callable[[Policy], None]]:
+        return FAULTS
 
 
 def at_call(policy: Policy, number: int, fault: Callable[[Any], Any]) -> None:

@@ -79,8 +79,8 @@ FAULTS = (
     _lost("deleted", "the store is deleted", "deleted or replaced"),
     _lost("no_artifacts", "a file takes the place of the artifacts' folder", "Not a directory"),
     _lost("locked", "another process locks the database", "locked"),
-    _lost("full", "the disk fills up", "full"),
-    _lost("read_only", "the disk becomes read-only", "read", TEMPORARY),
+    _lost("full", "the disk fills up", "No space left on device"),
+    _lost("read_only", "the disk becomes read-only", "Read-only file system", TEMPORARY),
 )  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""A subject without torch whose call takes `subject.ms` milliseconds, and whose verdict is `subject.wrong`."""
+"""A subject without torch whose call takes `subject.ms` milliseconds; what is wrong with it is `subject.wrong`.
+
+Where `subject.changes` is true it is wrong once it was timed."""
 
 import time
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ class PacedInstance:
     facts: dict[str, str] = field(default_factory=dict)
     startup_s: dict[str, float] = field(default_factory=dict)
     samples_per_call: int = 1
+    changes: bool = False
 
     def call(self, index: int) -> None:
         end = time.perf_counter() + self.ms / 1e3
@@ -24,6 +27,15 @@ class PacedInstance:
 
     def call_host(self, index: int) -> None:
         self.call(index)
+
+    def watched(self, watch: Any) -> None:
+        """It has no stages."""
+
+    def launched(self, watch: Any) -> None:
+        """It has no graphs."""
+
+    def recheck(self) -> list[str]:
+        return ["it changed meanwhile"] if self.changes else []
 
     def attachments(self) -> dict[str, str]:
         return {}
@@ -37,11 +49,12 @@ class Paced:
     ms: float
     wrong: str
     variable: str
+    changes: bool = False
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> "Paced":
         node = plain["subject"]
-        return cls(float(node["ms"]), node.get("wrong", ""), node.get("variable", ""))
+        return cls(float(node["ms"]), node.get("wrong", ""), node.get("variable", ""), bool(node.get("changes")))
 
     @property
     def numerics(self) -> Numerics:
@@ -70,4 +83,5 @@ class Paced:
 
     def build(self, device: Any, inputs: int, progress: Any) -> PacedInstance:
         progress("build")
-        return PacedInstance(self.ms, Verdict([self.wrong] if self.wrong else [], {"error/rel_l2": 0.01}))
+        verdict = Verdict([self.wrong] if self.wrong else [], {"error/rel_l2": 0.01})
+        return PacedInstance(self.ms, verdict, changes=self.changes)

@@ -123,15 +123,20 @@ def error(model: str, observation: str, spoil: Callable[[Policy], None] = lambda
 
 
 def golden(case: str) -> list[str]:
-    """What is wrong with the actions for the original's weights and inputs, in bfloat16: one observation's bound. The
-    interpreter cuts off where hardware rounds, so a mean over so few says nothing of the GPU."""
+    """What is wrong with the actions for the original's weights and inputs, in bfloat16, beside those of fusion=kernels.
+
+    The interpreter cuts float32 off where hardware rounds to bfloat16, so that plain PyTorch, which rounds, is no
+    measure here: fusion=kernels has 1.5 times its error under the interpreter, and less than its error on an H200
+    (experiments/README.md, covering). Both sides are cut off alike.
+    """
+    others = {"norms": True, "activation": True, "rope": True}
     actions = []
-    for precision, changed in ((BF16, True), (BF16, False), (BF16_TRUTH, False)):
+    for precision in (BF16, BF16, BF16_TRUTH):
         policy = Policy(load_model(case, precision), noise_of(case).shape[1], num_steps_of(case))
-        policy = streamed(policy, norms=True, activation=True, rope=True) if changed else policy
+        if precision is BF16:
+            policy = streamed(policy, **others) if not actions else streamed(policy, blocks=False, **others)
         actions.append([policy.sample_actions(observation_of(case), noise_of(case))])
-    wrong = judge(*actions, Numerics.REORDERED, "bf16").wrong
-    return [reason for reason in wrong if "geometric mean" not in reason]
+    return judge(*actions, Numerics.REORDERED, "bf16").wrong
 
 
 def repeated() -> bool:

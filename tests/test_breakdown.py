@@ -1,5 +1,6 @@
 """Sums over a trace: categories, span, idle share, stages, products, and the command."""
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from cli import error_line, module
 from pi0exp import breakdown
 from pi0exp.breakdown import break_down
 from pi0exp.errors import UserError
+from pi0exp.experiments.record_trace import slim
 from pi0exp.kernel_table import CATEGORIES
 from pi0exp.replay import ORDER, RANGES
 from pi0exp.slices import Ceilings, Kind, Slice, Trace
@@ -38,6 +40,7 @@ def test_timeline_is_accounted_for(name):
     assert (found.span_ms, found.busy_ms, found.overlap_ms) == pytest.approx((0.140, 0.127, 0.003), abs=1e-6)
     assert found.kernels_ms + found.idle_share * found.span_ms - found.overlap_ms == pytest.approx(found.span_ms)
     assert found.launches == 7
+    assert found.metrics()["gpu/accounted_share"] == pytest.approx(1 + 3 / 140)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,37 @@ def test_sums_tell_no_span(name):
     assert (found.kernels[0].count, found.kernels[0].category) == (2, "gemm")
     assert (found.span_ms, found.busy_ms, found.overlap_ms, found.idle_share) == (None, None, None, None)
     assert not any(metric.startswith("gpu/") and metric != "gpu/launches" for metric in found.metrics())
+
+
+@pytest.mark.parametrize("path", sorted(TRACES.iterdir()), ids=lambda path: path.name)
+def test_every_trace_is_accounted_for(path):
+    """Those in whose name is `real` were written by a profiler on a GPU (experiments/record_trace.py)."""
+    found = break_down(read_trace(path))
+    assert found.shares()["other"] < 0.03
+    assert sum(found.shares().values()) == pytest.approx(1)
+    if found.span_ms is not None:
+        assert 0 <= found.idle_share < 1
+        assert 0.98 <= found.metrics()["gpu/accounted_share"] <= (1.02 if "real" in path.name else 1.1)
+    if "real" in path.name:
+        assert found.calls == 2
+        assert found.stages_by in (ORDER, RANGES)
+        assert all(sum(found.stages[stage].values()) > 0 for stage in ("vision", "prefill", "denoise"))
+        assert found.products_ms > 0.7 * found.ms["gemm"]
+
+
+@pytest.mark.parametrize("path", sorted(TRACES.glob("kineto_*")), ids=lambda path: path.name)
+def test_trace_that_is_made_small_says_the_same(path, tmp_path):
+    content = path.read_bytes()
+    found = json.loads(gzip.decompress(content) if path.suffix == ".gz" else content, strict=False)
+    found["traceEvents"] += [
+        {"ph": "f", "cat": "ac2g", "name": "ac2g", "id": 3},
+        {"ph": "X", "cat": "cpu_op", "name": "aten::add", "ts": 1, "dur": 1, "pid": 1, "tid": 1, "args": {}},
+    ]
+    small = slim(found | {"traceName": "/somewhere/trace.json"})
+    assert len(small["traceEvents"]) <= len(found["traceEvents"]) - 2
+    assert "traceName" not in small
+    (tmp_path / "small.json").write_text(json.dumps(small))
+    assert read_trace(tmp_path / "small.json") == read_trace(path)
 
 
 def test_union_of_nested_and_touching_slices():

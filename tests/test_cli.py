@@ -17,7 +17,7 @@ from pi0exp import outcomes
 from pi0exp.config import GROUPS
 
 SWEEP = (*QUICK, "-m", "attention=eager,sdpa", "graphs=none,manual")
-RUNGS = [name for name in GROUPS_OF["stack"] if name[0].isdigit()]
+RUNGS = [*(name for name in GROUPS_OF["stack"] if name[0].isdigit()), "h200_best", "mi350_best"]
 NO_GPU = "graphs: needs a GPU of nvidia or amd; this machine has no GPU that torch can use"
 
 
@@ -294,20 +294,20 @@ def test_exit_code_of_a_sweep_is_its_worst(monkeypatch):
 
 @pytest.mark.slow
 def test_study_is_measured_once(tmp_path):
-    first = pi0exp(tmp_path, *QUICK, "study=ladder")
+    first = pi0exp(tmp_path, *QUICK, "study=ladder", "workload=default")
     assert first.returncode == 0, first
     found = runs(tmp_path, "ladder")
     assert [run.data.params["stack"] for run in found] == RUNGS
     assert [run.data.tags["outcome"] for run in found] == ["ok", *["unsupported"] * (len(RUNGS) - 1)]
     assert found[0].info.run_name == "tiny  default  0_eager"
-    second = pi0exp(tmp_path, *QUICK, "study=ladder")
+    second = pi0exp(tmp_path, *QUICK, "study=ladder", "workload=default")
     assert (second.returncode, second.stderr, settled(second.stdout)) == (0, "", len(RUNGS))
     assert len(runs(tmp_path, "ladder")) == len(RUNGS)
 
 
 @pytest.mark.slow
 def test_study_of_one_stack(tmp_path):
-    assert pi0exp(tmp_path, *QUICK, "study=ladder", "stack=0_eager").returncode == 0
+    assert pi0exp(tmp_path, *QUICK, "study=ladder", "workload=default", "stack=0_eager").returncode == 0
     assert [run.data.params["stack"] for run in runs(tmp_path, "ladder")] == ["0_eager"]
 
 

@@ -6,26 +6,40 @@ from pathlib import Path
 
 import pytest
 from helpers import GROUPS_OF, composed, plain_config
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
-from pi0exp import compose, config, plugins
+from pi0exp import compose, config, plugins, sweep
 from pi0exp.attention.eager import Eager
 from pi0exp.attention.sdpa import Backend, Sdpa
-from pi0exp.card import asked, word
-from pi0exp.config import GROUPS, Device, MeasureConfig, Stack, Weights
+from pi0exp.card import asked
+from pi0exp.config import GROUPS, Answer, Device, MeasureConfig, ReportConfig, Stack, Weights
 from pi0exp.errors import UserError
 from pi0exp.model.config import ModelConfig, tiny
 from pi0exp.option import STAGES, Option, StagedOption
-from pi0exp.point import experiment_of, run_name, run_params
+from pi0exp.point import experiment_of, run_params
 from pi0exp.policy_subject import PolicySubject
+from pi0exp.title import title, word
 from pi0exp.workload import Workload
 
+EXPECTED = {
+    "ablation": 22,
+    "attention_backends": 8,
+    "batch_scaling": 7,
+    "breakdown": 5,
+    "compile_modes": 7,
+    "fidelity": 28,
+    "graph_capture": 6,
+    "ladder": 24,
+    "masking": 9,
+    "perf_per_watt": 4,
+    "prompt_and_horizon": 10,
+}
+"""Points of each study."""
 STUDIES = sorted(file.stem for file in (compose.PACKAGE / "experiments" / "study").glob("*.yaml"))
 OPTIONS = [(group, name) for group in GROUPS for name in GROUPS_OF[group]]
 ORDER = ("image_masking", "fusion", "precision", "gemm", "attention", "compile_mode", "graphs")
+PLOTS = {"waterfall", "kernels", "power", "roofline", "curve", "pareto", "bars"}
 REQUIRED = {("compile_mode", "aggressive"): ("options",)}
 """Settings for which only the file of an option has values; its class refuses to be made without them."""
 
@@ -45,7 +59,7 @@ def type_all(*overrides: str) -> None:
 
 
 def test_every_folder_is_a_group():
-    assert set(GROUPS_OF) == {*GROUPS, "model", "workload", "measure", "stack"}
+    assert set(GROUPS_OF) == {*GROUPS, "model", "workload", "measure", "stack", "subject"}
     assert all(GROUPS_OF.values()), "a group without a file"
 
 
@@ -133,11 +147,8 @@ def test_every_model_is_compared():
 
 
 def points(study: str) -> list[list[str]]:
-    """The overrides of every point of a study, expanded as Hydra does it."""
-    _, of_hydra = composed(f"study={study}")
-    words = [f"{key}={value}" for key, value in of_hydra.sweeper.params.items()]
-    (batch,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), max_batch_size=None)
-    return [list(point) for point in batch]
+    """The words of every point of a study."""
+    return sweep.planned([f"study={study}"])
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -146,13 +157,47 @@ def test_every_point_of_a_study_types_and_differs(study: str):
     assert ours.name == study, "the MLflow experiment is called as the file"
     assert str(of_hydra.mode) == "RunMode.MULTIRUN"
     expanded = points(study)
-    assert len(expanded) > 1
+    assert len(expanded) == EXPECTED[study]
     stacks = []
     for point in expanded:
-        type_all(f"study={study}", *point)
-        plain = plain_config(f"study={study}", *point)
+        type_all(*point)
+        plain = plain_config(*point)
         stacks.append({section: plain[section] for section in (*GROUPS, "model", "workload", "measure")})
     assert all(one != other for i, one in enumerate(stacks) for other in stacks[:i]), "two points are the same"
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_study_says_how_it_is_shown(study: str):
+    text = (compose.PACKAGE / "experiments" / "study" / f"{study}.yaml").read_text()
+    assert text.startswith("# @package _global_\n# ")
+    assert "\nreport:\n" in text
+    plain = plain_config(f"study={study}")
+    shown = config.report(plain)
+    assert set(shown.plots) <= PLOTS
+    assert "report" not in experiment_of(plain), "it is no part of a point"
+
+
+def test_report_is_typed_and_has_defaults():
+    assert config.report(plain_config()) == config.report({}) == ReportConfig()
+    made = config.report({"report": {"label": ["stack"], "answer": "parity"}})
+    assert (made.label, made.facet, made.answer) == (("stack",), ("model", "workload"), Answer.parity)
+
+
+@pytest.mark.parametrize(
+    ("given", "start"),
+    [
+        ({"lable": []}, "report.lable: Key 'lable' not in 'ReportConfig'"),
+        ({"label": "stack"}, "report.label: "),
+        ({"answer": "yes"}, "report.answer: Invalid value 'yes'"),
+        ({"baseline": "last"}, "report.baseline is 'last'; choose one of first, best, none"),
+        ({"order": "name"}, "report.order is 'name'; choose one of sweep, latency"),
+        ({"plots": ["curve"]}, "report.x is null; a curve needs"),
+    ],
+)
+def test_mistake_in_a_report_is_told(given: dict, start: str):
+    with pytest.raises(UserError) as caught:
+        config.report({"report": given})
+    assert str(caught.value).startswith(start)
 
 
 def test_named_stacks_differ_pairwise():
@@ -163,11 +208,11 @@ def test_named_stacks_differ_pairwise():
 def test_ladder_changes_one_group_a_rung():
     rungs = [name for name in GROUPS_OF["stack"] if name[0].isdigit()]
     assert [int(name.partition("_")[0]) for name in rungs] == list(range(len(rungs)))
-    climbed = [word for point in points("ladder") for word in point]
-    assert climbed == [f"stack={name}" for name in rungs]
-    made = [dict(config.stack(plain_config(f"stack={name}")).options()) for name in rungs]
-    assert list(made[0]) == list(GROUPS)
-    changed = [[group for group in GROUPS if a[group] != b[group]] for a, b in pairwise(made)]
+    climbed = list(dict.fromkeys(word for point in points("ladder") for word in point if word.startswith("stack=")))
+    assert climbed == [f"stack={name}" for name in (*rungs, "h200_best", "mi350_best")]
+    made = {name: dict(config.stack(plain_config(f"stack={name}")).options()) for name in (*rungs, "h200_best")}
+    steps = [*pairwise(rungs[:-1]), ("7_hoists", "9_kernels"), ("9_kernels", "h200_best")]
+    changed = [[group for group in GROUPS if made[a][group] != made[b][group]] for a, b in steps]
     assert changed[:4] == [["graphs"], ["attention"], ["image_masking"], ["fusion"]]
     assert all(len(groups) == 1 for groups in changed)
 
@@ -212,7 +257,7 @@ def test_stage_is_among_names_and_parameters(word: str):
     assert (plain["names"]["attention"], plain["names"]["attention.denoise"]) == ("sdpa", "eager")
     params = run_params(plain, PolicySubject.from_plain(plain))
     assert (params["attention"], params["attention.denoise"]) == ("sdpa", "eager")
-    assert run_name(plain) == "pi0  default  attention=sdpa attention.denoise=eager"
+    assert title(params) == "pi0  default  attention=sdpa attention.denoise=eager"
     assert "attention.denoise" not in plain_config("attention=sdpa")["names"]
 
 
@@ -248,7 +293,7 @@ def test_settings_that_are_not_as_in_the_file_are_parameters(words: list[str], c
     assert plain["changed"] == changed
     params = run_params(plain, PolicySubject.from_plain(plain))
     assert {name: params[name] for name in params if name in stack_settings(params)} == changed
-    assert run_name(plain) == f"pi0  default  {named}"
+    assert title(params) == f"pi0  default  {named}"
 
 
 def stack_settings(params: dict[str, str]) -> list[str]:
@@ -265,7 +310,7 @@ def test_settings_of_a_named_stack_are_parameters():
     assert "fusion.rewrites.hoist_time" not in params
     groups = [name.split(".")[0] for name in params]
     assert list(dict.fromkeys(groups))[: len(GROUPS)] == list(GROUPS), "settings follow their group"
-    assert run_name(plain) == "pi0  default  7_hoists"
+    assert title(params) == "pi0  default  7_hoists"
 
 
 def test_card_shows_rewrites_by_their_names():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 
+import faults
 import pytest
 from cli import TESTS, TOY, artifact, error_line, pi0exp, processes, runs, start
 from toy_subjects import Toy
@@ -174,20 +175,21 @@ def interrupted(root, number: int, group: bool, *words: str) -> subprocess.Compl
 
 
 @pytest.mark.parametrize(
-    ("number", "group", "name"),
+    ("number", "group"),
     [
-        (signal.SIGINT, False, "Ctrl-C"),
-        pytest.param(signal.SIGINT, True, "Ctrl-C", marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, False, "SIGTERM", marks=pytest.mark.slow),
-        pytest.param(signal.SIGHUP, False, "SIGHUP", marks=pytest.mark.slow),
+        (signal.SIGINT, False),
+        pytest.param(signal.SIGINT, True, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, False, marks=pytest.mark.slow),
     ],
 )
-def test_interrupted_point(tmp_path, number, group, name):
+def test_interrupted_point(tmp_path, number, group):
+    row = faults.by_name(number.name)
     done = interrupted(tmp_path, number, group, "+subject.fault=hang", f"track.results={tmp_path}/results")
-    assert error_line(done, code=130) == f"interrupted by {name}"
+    assert error_line(done, code=row.code) == row.reason.replace("stopped", "interrupted")
     [run] = runs(tmp_path)
-    assert run.data.tags["outcome"] == "interrupted"
-    assert run.data.tags["reasons"] == f"stopped by {name}"
+    assert run.data.tags["outcome"] == row.outcome
+    assert run.data.tags["reasons"] == row.reason
     assert run.info.status == "KILLED"
     assert json.loads(artifact(tmp_path, run, "result.json").read_text())["outcome"] == "interrupted"
     assert list((tmp_path / "results").iterdir()) == [], "an interruption is no result for others"
@@ -200,6 +202,19 @@ def test_interrupted_sweep_stops_and_keeps_what_it_has(tmp_path):
     assert [run.data.tags["outcome"] for run in found] == ["ok", "interrupted"]
     assert [run.info.status for run in found] == ["FINISHED", "KILLED"]
     assert found[0].data.metrics["latency_ms/p50"] > 0
+
+
+@pytest.mark.slow
+def test_hanging_point_of_a_sweep_is_ended_and_the_others_are_measured(tmp_path):
+    row = faults.by_name("hang")
+    done = pi0exp(tmp_path, *TOY, "measure.timeout_s=40", "-m", "+subject.fault=stubborn,none")
+    assert done.returncode == row.code, done
+    hung, other = runs(tmp_path)
+    assert (hung.data.tags["outcome"], other.data.tags["outcome"]) == (row.outcome, "ok")
+    assert row.reason in hung.data.tags["reasons"]
+    assert "about to stubborn" in artifact(tmp_path, hung, "log.txt").read_text()
+    assert done.stdout.splitlines()[-1].startswith("study adhoc: 1 of 2 points settled; missing: #0 timeout")
+    assert processes(tmp_path / "pi0exp-") == []
 
 
 def test_toy_has_the_faults_it_is_asked_for():

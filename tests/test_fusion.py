@@ -192,17 +192,21 @@ def test_too_many_positions_are_refused():
 
 
 @pytest.mark.parametrize("pi05", [False, True])
-def test_room_holds_prefix_and_suffix(pi05: bool):
-    policy, seen = applied(only("cache_room"), pi05), []
+@pytest.mark.parametrize(("switches", "heads"), [({}, 2), ({"qkv": True}, 10)], ids=["keys", "queries"])
+def test_room_holds_prefix_and_suffix(pi05: bool, switches: dict[str, bool], heads: int):
+    policy, seen = applied(replace(only("cache_room"), **switches), pi05), []
     policy.model.expert.register_forward_pre_hook(lambda _module, args: seen.append(args[3]))
     given = tiny_observation([(1, 1, 1)] * 2, [5, 8])
     policy.sample_actions(given, noise_for(policy, given))
     prefix = 3 * 16 + 8
     for cache in seen[0]:
-        assert tuple(cache.room.shape) == (2, prefix + policy.horizon + (not pi05), 2, 1, 32)
+        assert tuple(cache.room.shape) == (2, prefix + policy.horizon + (not pi05), heads, 32)
         assert tuple(cache.k_BSKH.shape) == tuple(cache.v_BSKH.shape) == (2, prefix, 1, 32)
     # All steps write to the same buffers.
     assert {cache.room.data_ptr() for caches in seen for cache in caches} == {c.room.data_ptr() for c in seen[0]}
+    plain = tiny_policy(pi05)
+    noise_BCA = noise_for(plain, given)
+    assert max(rel_l2(policy.sample_actions(given, noise_BCA), plain.sample_actions(given, noise_BCA))) < FLOAT32
 
 
 # ---- mistakes that the checks above must see

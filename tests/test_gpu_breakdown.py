@@ -43,7 +43,7 @@ def profiled(request, tmp_path_factory):
 def test_time_is_accounted_for(profiled):
     found = break_down(profiled[2])
     assert found.calls == 3
-    assert 0.98 <= found.kernels_ms / found.span_ms + found.idle_share <= 1.02
+    assert 0.98 <= found.metrics()["gpu/accounted_share"] <= 1.02
     assert found.shares()["other"] < 0.03
     assert found.shares()["gemm"] > 0.2
 

@@ -6,7 +6,17 @@ from scipy import signal, stats
 
 from pi0exp import intervals
 from pi0exp.interleave import DEFAULT_ROUNDS, pairs
-from pi0exp.intervals import FASTER, NOTHING, SLOWER, Interval, of_processes, of_rounds, of_samples, word
+from pi0exp.intervals import (
+    FASTER,
+    NOTHING,
+    SLOWER,
+    Interval,
+    of_processes,
+    of_round_samples,
+    of_rounds,
+    of_samples,
+    word,
+)
 
 BLOCK = 8
 NOMINAL = 1 - intervals.CONFIDENCE
@@ -61,6 +71,45 @@ def test_shift_of_three_percent_is_found(phi):
     assert found.count(SLOWER) >= 0.95 * len(found)
     found = [word(of_rounds(turns(random, phi, -0.03))) for _ in range(60)]
     assert found.count(FASTER) >= 0.95 * len(found)
+
+
+P90, P99 = (lambda x: np.percentile(x, 90, axis=-1)), (lambda x: np.percentile(x, 99, axis=-1))
+
+
+def by_rounds(random: np.random.Generator, phi: float, statistic, shift: float = 0.0) -> Interval:
+    times = 16 * np.exp(0.01 * noise(random, (4 * 20 * BLOCK,), phi) + 0.003 * random.standard_normal(4 * 20 * BLOCK))
+    blocks = times.reshape(20, 4, BLOCK)
+    a, b = blocks[:, [0, 3]].reshape(20, -1), blocks[:, [1, 2]].reshape(20, -1) * (1 + shift)
+    return of_round_samples(a, b, statistic)
+
+
+def test_other_statistics_by_whole_rounds():
+    random = np.random.default_rng(8)
+    same = [by_rounds(random, 0.9, P90) for _ in range(20)]
+    assert sum(not one.low <= 1 <= one.high for one in same) <= at_most(20, 0.03)
+    assert all(word(by_rounds(random, 0.9, P90, 0.05)) == SLOWER for _ in range(3))
+    few = of_round_samples(np.ones((9, 16)), np.ones((9, 16)), P90)
+    assert few.low is None
+    assert "9 rounds; an interval needs 10" in few.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("statistic", [P90, P99], ids=["p90", "p99"])
+@pytest.mark.parametrize("phi", [0.0, 0.9])
+def test_false_alarms_of_other_statistics(phi, statistic):
+    random, count = np.random.default_rng(9), 200
+    found = [by_rounds(random, phi, statistic) for _ in range(count)]
+    assert sum(not one.low <= 1 <= one.high for one in found) <= at_most(count, 0.03)
+
+
+@pytest.mark.slow
+def test_mean_of_one_process_misses_as_often_as_stated():
+    random, count, missed = np.random.default_rng(5), 300, 0
+    for _ in range(count):
+        a, b = 16 * np.exp(0.01 * noise(random, (2, 200), 0.9))
+        found = of_samples(a.tolist(), b.tolist(), lambda x: np.mean(x, axis=-1))
+        missed += found.low is not None and not found.low <= 1 <= found.high
+    assert missed <= at_most(count, 0.12)
 
 
 def test_single_samples_as_units_would_cry_wolf():

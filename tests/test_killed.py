@@ -6,11 +6,13 @@ import subprocess
 import sys
 from collections import Counter
 
+import faults
 import pytest
 from cli import REPOSITORY, TESTS, environment, processes, runs
 from killed_sweep import POINTS
 
 KILLS = 50
+ROW = faults.by_name("SIGKILL")
 
 
 @pytest.mark.slow
@@ -34,14 +36,15 @@ def test_sweep_survives_being_killed_at_any_moment(tmp_path):
     for one in completed:
         found = runs(tmp_path / "mlruns", f"killed_{one['completed']}")
         outcomes = Counter(run.data.tags["outcome"] for run in found)
-        assert set(outcomes) <= {"ok", "interrupted"}
+        assert set(outcomes) <= {"ok", ROW.outcome}
+        assert all(ROW.reason in run.data.tags["reasons"] for run in found if run.data.tags["outcome"] == ROW.outcome)
         settled = [run for run in found if run.data.tags["outcome"] == "ok"]
         assert len(settled) == len({run.data.tags["key"] for run in settled}) == POINTS
         assert {run.info.status for run in settled} == {"FINISHED"}
         assert {run.info.status for run in found} <= {"FINISHED", "KILLED"}, "none says that it still runs"
         histories = [run.data.metrics["latency_ms/p50"] for run in settled]
         assert histories == [1.0] * POINTS
-        torn += outcomes["interrupted"]
+        torn += outcomes[ROW.outcome]
     assert torn >= KILLS / 10, "kills must meet measurements, not only imports"
     assert processes(tmp_path / "tmp") == []
     assert list((tmp_path / "mlruns" / ".spool").glob("*.json")) == []

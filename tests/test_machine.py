@@ -45,6 +45,7 @@ def fake_nvml(gpus: int = 2, driver: str = "570.124.06", no_driver: bool = False
     module.nvmlInit, module.nvmlShutdown = init, shutdown
     module.nvmlDeviceGetCount = lambda: gpus
     module.nvmlDeviceGetHandleByIndex, module.nvmlDeviceGetHandleByUUID = by_index, by_uuid
+    module.nvmlDeviceGetUUID = lambda handle: UUIDS[handle]
     module.nvmlDeviceGetCudaComputeCapability = lambda handle: ((9, 0), (10, 3))[handle]
     module.nvmlDeviceGetName = lambda handle: ("NVIDIA H200", "NVIDIA B300")[handle]
     module.nvmlDeviceGetMemoryInfo = lambda handle: SimpleNamespace(
@@ -65,6 +66,7 @@ def fake_amdsmi(gpus: int = 1) -> ModuleType:
     def shut_down() -> None:
         module.open -= 1
 
+    module.AmdSmiException = type("AmdSmiException", (Exception,), {})
     module.amdsmi_init, module.amdsmi_shut_down = init, shut_down
     module.amdsmi_get_processor_handles = lambda: list(range(gpus))
     module.amdsmi_get_gpu_asic_info = lambda handle: {

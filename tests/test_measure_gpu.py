@@ -127,6 +127,15 @@ def test_below_the_burst_floor_is_an_error(monkeypatch: pytest.MonkeyPatch, aske
     assert made.metrics["roofline/floor_ms"] == pytest.approx(20)
 
 
+def test_paced_calls_below_the_floor_are_an_error_too(monkeypatch: pytest.MonkeyPatch, asked: list[bool]):
+    """The floor is 3.3 ms; a call takes 4 ms back to back, and 1 ms at a pace that nobody could reach."""
+    reaching(monkeypatch, asked, 6e8, 6e8)
+    monkeypatch.setattr(passes, "paced_samples", lambda *given: ([1.0] * 5, 0.0))
+    made = measure.measure(PLAIN | {"measure": PLAIN["measure"] | {"paced_interval_ms": 5.0}})
+    assert made.outcome is Outcome.ERROR
+    assert "latency 1.000 ms is below the floor of 3.333 ms" in made.reasons[0]
+
+
 def test_below_the_sustained_floor_is_none(monkeypatch: pytest.MonkeyPatch, asked: list[bool]):
     reaching(monkeypatch, asked, 5.5e8, 5.5e8)
     made = measure.measure(PLAIN)

@@ -52,6 +52,8 @@ def test_every_pass_leaves_its_metrics_and_samples(monkeypatch: pytest.MonkeyPat
     )
     assert made.facts["clocks"] == "held down: power cap"
     assert made.facts["power"].startswith("energy counter, a step every")
+    assert made.metrics["clock_mhz/sm_loaded"] == 1755
+    assert made.facts["clocks_loaded"] == "held down: power cap 100 % of the power pass"
     assert Result(Outcome.OK, metrics=made.metrics | made.timed, samples=made.samples, facts=made.facts)
 
 

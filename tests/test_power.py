@@ -132,6 +132,25 @@ def test_pass_on_the_real_clock(monkeypatch: pytest.MonkeyPatch):
     # An edge is known to one interval between readings; on a busy machine some come late.
     assert made.metrics["power_w/mean"] == pytest.approx(400, rel=0.3)
     assert len(seen) == len(set(seen)), "the inputs rotate on"
+    assert (made.sm_mhz, made.held) == (1755.0, "power cap 100 %")
+
+
+def test_clocks_under_load_are_told_with_their_reasons():
+    assert power.held([["power cap"], ["power cap", "thermal"], [], ["power cap"]]) == "power cap 75 %, thermal 25 %"
+    assert power.held([[], []]) == ""
+    assert power.held([]) is None
+    made = Readings()
+    silent = FakeSensors(time.perf_counter, clocks_mhz="no clock", throttle="no reasons")
+    for _ in range(power.CLOCK_EVERY + 1):
+        power.read(silent, made)
+    assert (made.sm_mhz, made.throttle) == ([], [])
+    assert made.why_not == {"clock": "no clock", "throttle": "no reasons"}
+
+
+def test_interval_of_the_samples_is_what_was_reached():
+    made = readings()
+    made.at_s[:] = [100 + 2.5 * (at_s - 100) for at_s in made.at_s]
+    assert "power sampled every 50 ms" in figures(ends(), made, "momentary").source
 
 
 def test_failure_of_a_reading_reaches_the_caller(monkeypatch: pytest.MonkeyPatch):
@@ -148,6 +167,7 @@ def test_missing_sensors_are_told_once():
     for _ in range(3):
         power.read(sensors, made)
     assert made.why_not == {"energy": "no counter", "power": "no power"}
+    assert (made.sm_mhz, made.throttle) == ([1755.0], [["power cap"]]), "a look at the clock every five readings"
     assert made.energy_j == made.power_w == [None] * 3
     with pytest.raises(SensorError):
         sensors.energy_j()

@@ -1,11 +1,10 @@
-"""What a command line may add to a study of named stacks, and what it may not."""
+"""Which points a study has; what a command line may add to it, and what it may not."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from pi0exp import compose
+from pi0exp import compose, sweep
 from pi0exp.errors import UserError
 
 STACKS = {
@@ -25,20 +24,55 @@ def stacks(tmp_path, monkeypatch):
     monkeypatch.setattr(compose, "files", lambda: {"stack": files})
 
 
-def check(*words: str, swept: str = "low,high", study: str = "toy") -> None:
-    """check_study with what Hydra tells of such a command line; a session, since Hydra parses what is swept."""
-    node = SimpleNamespace(
-        runtime=SimpleNamespace(choices={"study": study, "attention": "sdpa"}),
-        overrides=SimpleNamespace(task=[f"study={study}", *words]),
-        sweeper=SimpleNamespace(get=lambda name: {"stack": swept}),
-    )
+def check(*words: str, swept: str | None = "low,high", points: tuple[str, ...] = ()) -> None:
+    """check_arguments of such a command line; a session, since Hydra parses what is swept."""
+    params = {} if swept is None else {"stack": swept, "workload.seed": "0,1"}
     with compose.initialize_config_dir(str(compose.CONF), version_base="1.3"):
-        compose.check_study(node)
+        sweep.check_arguments("toy", params, points, ["study=toy", *words])
+
+
+def expand(params: dict[str, str], points: list[str], *words: str) -> list[str]:
+    with compose.initialize_config_dir(str(compose.CONF), version_base="1.3"):
+        return [" ".join(point) for point in sweep.expanded(params, points, words)]
+
+
+def test_points_are_all_lines_beside_all_combinations():
+    assert expand({}, []) == [""]
+    assert expand({"a": "1,2", "b": "3,4"}, []) == ["a=1 b=3", "a=1 b=4", "a=2 b=3", "a=2 b=4"]
+    assert expand({"a": "1,2"}, ["", "c=5 d=6", "e='{f: 7}'"]) == [
+        *("a=1", "a=1 c=5 d=6", "a=1 e={f:7}"),
+        *("a=2", "a=2 c=5 d=6", "a=2 e={f:7}"),
+    ]
+    assert expand({}, ["a=1 b=2,3", "a=4"]) == ["a=1 b=2", "a=1 b=3", "a=4"]
+
+
+def test_words_of_the_command_line_hold_for_all_points_and_narrow_a_parameter():
+    assert expand({"a": "1,2,3"}, ["b=1", "b=2"], "c=0", "a=2") == ["a=2 c=0 b=1", "a=2 c=0 b=2"]
+    assert expand({"a": "1,2,3"}, [], "a=2,3") == ["a=2", "a=3"]
+
+
+@pytest.mark.parametrize("word", ["graphs=manual", "compile_mode.region=block", "fusion.rewrites={fold_norms: true}"])
+def test_what_the_lines_vary_is_refused(word: str):
+    points = ("graphs=none,manual", "compile_mode.region=stage fusion.rewrites.fold_norms=true")
+    with pytest.raises(UserError, match="would hold for every point of study=toy, which varies"):
+        check(word, swept=None, points=points)
+    check("attention=eager", "workload.horizon=5", swept=None, points=points)
+
+
+def test_a_parameter_may_be_narrowed_and_not_replaced_by_what_holds_it():
+    check("workload.seed=1", "stack=low")
+    with pytest.raises(UserError, match=r"which varies workload\.seed itself"):
+        check("workload.seed.deeper=1")
+
+
+def test_stacks_of_lines_count_too():
+    with pytest.raises(UserError, match="for every stack of study=toy, which varies graphs itself"):
+        check("graphs=manual", swept=None, points=("stack=low", "stack=high"))
 
 
 def test_stack_sets_what_it_builds_on_too():
-    assert compose._stack_keys("low") == {"attention", "graphs"}
-    assert compose._stack_keys("high") == {
+    assert sweep.stack_keys("low") == {"attention", "graphs"}
+    assert sweep.stack_keys("high") == {
         "attention",
         "graphs",
         "fusion",
@@ -82,6 +116,7 @@ def test_what_the_stacks_leave_alone_may_be_set(words: list[str]):
 
 def test_one_stack_counts_alone():
     check("fusion=none", swept="low")
+    check("fusion=none", "stack=low")  # narrowed to it
     with pytest.raises(UserError, match="varies fusion itself"):
         check("fusion=none", swept="mid")
 
@@ -89,9 +124,3 @@ def test_one_stack_counts_alone():
 def test_stack_that_is_not_there_is_named():
     with pytest.raises(UserError, match="stack=none_such: no such stack; there are low, mid, high"):
         check(swept="none_such")
-
-
-def test_other_runs_are_not_asked(monkeypatch):
-    monkeypatch.setattr(compose, "files", None)
-    node = SimpleNamespace(runtime=SimpleNamespace(choices={"graphs": "none"}), sweeper={"params": None})
-    compose.check_study(node)

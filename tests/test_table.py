@@ -155,23 +155,6 @@ def test_kernels(tmp_path, monkeypatch):
     assert bad == ["attend", "bad", "wrong", "-", "-", "-", "out: NaN"]
 
 
-def test_rewrites(tmp_path, monkeypatch):
-    monkeypatch.setattr(benches, "TIMES", tmp_path)
-    assert benches.rewrites("gpu/toy") == points.NONE_YET
-    ms = {"alone": 20.0, "rope_tables": 19.5, "hoist_time": 20.25}
-    samples = {name: [value] * 64 for name, value in ms.items()}
-    found = {"fingerprint": PRINTS, "words": ["stack=4_projections"], "ms": ms, "samples_ms": samples}
-    (tmp_path / "gpu").mkdir()
-    (tmp_path / "gpu" / "toy.json").write_text(json.dumps(found))
-    text = benches.rewrites("gpu/toy")
-    assert "commit abcdef; `stack=4_projections`; medians of 64 calls.\n" in text
-    assert rows(text) == [
-        ["`alone`", "20.000", "+0.000"],
-        ["`rope_tables`", "19.500", "-0.500"],
-        ["`hoist_time`", "20.250", "+0.250"],
-    ]
-
-
 def test_kernels_read_what_the_bench_writes():
     bench = pytest.importorskip("pi0exp.kernels.bench", reason="Triton is there on Linux only")
     names = {one.name for one in fields(bench.Row)} | {"us"}
@@ -326,7 +309,7 @@ def test_every_stack_and_every_input_has_a_row():
     assert sets["0_eager"] == "nothing"
     assert sets["3_skip"] == "`2_sdpa image_masking=skip`"
     assert sets["5_cameras"] == "`4_projections +batch_cameras`"
-    folders = {group: compose.CONF / group for group in ("model", "workload", "measure")}
+    folders = {group: compose.CONF / group for group in ("subject", "model", "workload", "measure")}
     folders["study"] = compose.PACKAGE / "experiments" / "study"
     names = {f"`{group}={file.stem}`" for group, folder in folders.items() for file in folder.glob("*.yaml")}
     assert {row[0] for row in rows(conf.inputs())} == names

@@ -82,7 +82,7 @@ def test_every_outcome_is_logged_and_only_some_settle(store, client, study, outc
     assert "2_sdpa" in run.data.tags["mlflow.note.content"]
     assert one["metrics"].items() <= run.data.metrics.items()
     files = {file.path for file in client.list_artifacts(run_id)}
-    assert files == {"experiment.json", "result.json"} | (set() if outcome == "ok" else {"log.txt"})
+    assert files == {"experiment.json", "result.json"} | ({"plots", "tables"} if outcome == "ok" else {"log.txt"})
     expected = Stored(run_id, one) if Outcome(outcome).settled else None
     assert store.settled(study, KEY) == expected
     assert store.settled(study, "f" * 16) is None

@@ -65,6 +65,8 @@ class Toy:
     def preflight(self) -> None:
         if self.fault == "input":
             raise UserError("subject.fault is input;\n  choose another")
+        if self.fault == "kill_job":  # the process that runs the point, not the one that measures
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def unmet(self, machine: Any) -> list[str]:
         return ["it is not supported anywhere"] if self.fault == "unmet" else []

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pi0exp.gpu_lock import taken_here
 from pi0exp.kernels import bench
 from pi0exp.kernels.kernel import INTERPRETED
 from pi0exp.machine import this_machine
@@ -29,13 +30,14 @@ def run(doc: str, sweep: Callable[[Callable[[Any], None]], None], words: list[st
     out = parser.parse_args(words).out
     if not out.absolute().parent.is_dir():
         parser.error(f"{out}: its folder does not exist")
-    if INTERPRETED or not torch.cuda.is_available():
-        why = "TRITON_INTERPRET=1 runs kernels on the CPU" if INTERPRETED else "torch can use none here"
-        print(f"{parser.prog}: needs a GPU, and {why}", file=sys.stderr)
-        return Outcome.UNSUPPORTED.exit_code
-    about = {"command": sys.orig_argv, "fingerprint": fingerprint(this_machine())}
-    sweep(lambda found: bench.write(out, about | {"found": found}))
-    return Outcome.OK.exit_code
+    with taken_here(not INTERPRETED, lambda text: print(text, file=sys.stderr, flush=True)):
+        if INTERPRETED or not torch.cuda.is_available():
+            why = "TRITON_INTERPRET=1 runs kernels on the CPU" if INTERPRETED else "torch can use none here"
+            print(f"{parser.prog}: needs a GPU, and {why}", file=sys.stderr)
+            return Outcome.UNSUPPORTED.exit_code
+        about = {"command": sys.orig_argv, "fingerprint": fingerprint(this_machine())}
+        sweep(lambda found: bench.write(out, about | {"found": found}))
+        return Outcome.OK.exit_code
 
 
 class Captured:

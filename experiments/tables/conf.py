@@ -15,7 +15,7 @@ from pi0exp.experiments.tables.points import leaves, markdown
 from pi0exp.machine import Machine
 from pi0exp.option import STAGES
 
-INPUTS = ("model", "workload", "measure", "study")
+INPUTS = ("subject", "model", "workload", "measure", "study")
 MACHINES = {
     "CPU": Machine(),
     "NVIDIA": Machine(gpu="NVIDIA", vendor="nvidia", arch="sm_90"),
@@ -73,7 +73,7 @@ def _sets(file: Path) -> str:
 
 
 def inputs() -> str:
-    """A row a model, workload, measure and study."""
+    """A row a subject, model, workload, measure and study."""
     rows = [[f"`{group}={name}`", comment(file)] for group in INPUTS for name, file in _own(group).items()]
     return markdown(("choice", "what it is"), (), rows)
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pi0exp import compose, point
-from pi0exp.card import card, word
+from pi0exp.card import card
 from pi0exp.config import GROUPS
 from pi0exp.load import SUFFIXES, read_record
 from pi0exp.option import STAGES
+from pi0exp.title import word
 from pi0exp.track import Record
 
 RESULTS = compose.PACKAGE / "experiments" / "results"
@@ -53,7 +54,7 @@ def checks(study: str) -> str:
         prints = [record["fingerprint"] for record in found]
         outcomes = Counter(record["outcome"] for record in found)
         counted = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
-        common = set.intersection(*(set(_changes(record, "model")) for record in found))
+        common = set.intersection(*(set(changes(record, "model")) for record in found))
         same = f" All with {', '.join(f'model.{change}' for change in sorted(common))}." if common else ""
         parts.append(f"{machine_line(prints)}; {len(found)} points: {counted}.{same}\n")
         parts.append(markdown(CHECKS, CHECK_NUMBERS, sorted(_check_row(record, common) for record in found)))
@@ -71,7 +72,12 @@ def point_card(name: str) -> str:
 
 def markdown(texts: tuple[str, ...], numbers: tuple[str, ...], rows: list[list[str]]) -> str:
     """A table whose last columns, `numbers`, stand to the right."""
-    lines = [[*texts, *numbers], ["---"] * len(texts) + ["---:"] * len(numbers), *rows]
+    return grid([*((name, False) for name in texts), *((name, True) for name in numbers)], rows)
+
+
+def grid(columns: list[tuple[str, bool]], rows: list[list[str]]) -> str:
+    """A table of columns with their titles, each of numbers, which stand to the right, or not."""
+    lines = [[name for name, _ in columns], ["---:" if right else "---" for _, right in columns], *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |" for cells in lines) + "\n"
 
 
@@ -94,20 +100,20 @@ def _order(record: Record) -> tuple[Any, ...]:
 def _time_row(record: Record) -> list[str]:
     metrics, cells = record["metrics"], [*_asked(record, set()), record["numerics"]]
     if record["outcome"] != "ok":
-        return [*cells, record["outcome"], "-", "-", "-", "-", "; ".join([_error(metrics), *record["reasons"]])]
+        return [*cells, record["outcome"], "-", "-", "-", "-", "; ".join([error(metrics), *record["reasons"]])]
     numbers = [f"{metrics[name]:.2f}" for name in ("latency_ms/p50", "latency_ms/p90", "latency_host_ms/p50")]
     share = f"{100 * metrics['roofline/share']:.0f} %" if "roofline/share" in metrics else "-"
-    return [*cells, *numbers, f"{metrics['throughput_hz']:.1f}", share, _error(metrics)]
+    return [*cells, *numbers, f"{metrics['throughput_hz']:.1f}", share, error(metrics)]
 
 
 def _check_row(record: Record, common: set[str]) -> list[str]:
     metrics, cells = record["metrics"], [*_asked(record, common), record["numerics"]]
     ratios = [f"{metrics[name]:.2f}" if metrics.get(name, 1 / NO_ERROR) < 1 / NO_ERROR else "-" for name in RATIOS]
     outcome = ": ".join(filter(None, [record["outcome"], "; ".join(record["reasons"])]))
-    return [*cells, _error(metrics), *ratios, outcome]
+    return [*cells, error(metrics), *ratios, outcome]
 
 
-def _error(metrics: dict[str, float]) -> str:
+def error(metrics: dict[str, float]) -> str:
     """Relative L2 error of the actions, and in brackets that of the plain policy in the same precision."""
     if "error/rel_l2" not in metrics:
         return "-"
@@ -119,14 +125,14 @@ def _error(metrics: dict[str, float]) -> str:
 def _asked(record: Record, common: set[str]) -> list[str]:
     """Model and workload, each with what differs from its yaml file and is not `common`; and the options."""
     params = record["params"]
-    named = {group: [change for change in _changes(record, group) if change not in common] for group in _INPUTS}
+    named = {group: [change for change in changes(record, group) if change not in common] for group in _INPUTS}
     return [*(" ".join([params[group], *changes]) for group, changes in named.items()), short(params)]
 
 
 _INPUTS = ("model", "workload")
 
 
-def _changes(record: Record, group: str) -> list[str]:
+def changes(record: Record, group: str) -> list[str]:
     """`vision.depth=2` for each setting of a model or workload that is not as conf/ has it today."""
     plain = dict(leaves(_node(group, record["params"][group])))
     given = leaves(record["experiment"][group])

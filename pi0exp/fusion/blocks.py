@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pi0exp.fusion.steps import give_room, tabulate
-from pi0exp.model.gemma import GemmaBlock, LayerCache, Rotation
+from pi0exp.model.gemma import GemmaBlock, LayerCache, Rotation, first_rows
 from pi0exp.model.layers import Attention, at_least_float32
 from pi0exp.model.mask import Mask
 from pi0exp.model.pi0 import Context, Pi0, plain_step, suffix_positions
@@ -74,7 +74,7 @@ def fill_blocks(policy: Policy) -> None:
     from pi0exp.kernels.attention_split import attend_split
     from pi0exp.kernels.skinny_gemm import COUNTERS, MAX_ROWS
 
-    give_room(policy)
+    give_room(policy, queries=False)
     if policy.model.config.pi05:
         tabulate_offsets(policy)
     counters = torch.zeros(COUNTERS, dtype=torch.int32, device=policy.device)
@@ -157,7 +157,8 @@ class Stream:
         attention, mlp, eps, counters = block.attention, block.mlp, block.norm1.eps, self.counters
         assert cache.room is not None
         assert not mask.causal, "image_masking=ignore refuses the blocks beside steps=causal"
-        (room_k, room_v), start = cache.room.unbind(2), cache.k_BSKH.shape[1]
+        room_k, room_v, _ = first_rows(cache.room, cache.room.shape[1], attention.num_kv_heads)
+        start = cache.k_BSKH.shape[1]
         seen = start + rows.x.shape[1]
         keys_BS = None if mask.full else mask.keys_BS
 

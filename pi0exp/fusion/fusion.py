@@ -57,8 +57,9 @@ class Fusion(Option):
         return blocks.clashes(self, stack) if self.blocks else []
 
     def apply(self, policy: Policy) -> None:
-        # Rewrites first: they cut plain matrices, which are merged afterwards.
-        self.rewrites.apply(policy)
+        # Rewrites first: they cut plain matrices, which are merged afterwards. Where one matrix makes queries, keys and
+        # values one operation stores them; Triton's kernels write to two places.
+        self.rewrites.apply(policy, queries_in_room=self.qkv and not (self.rope or self.blocks))
         if self.qkv:
             projections.merge_qkv(policy)
         if self.gate_up:

@@ -96,7 +96,7 @@ def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
 def fill_rope(policy: Policy) -> None:
     """Split, rotation and cache write in one kernel; the steps write behind the prefix instead of copying it."""
     policy.fill(GemmaAttention, "project", rope_project, ("prefill", "denoise"), "Triton rope_qkv")
-    give_room(policy)
+    give_room(policy, queries=False)
 
 
 def rope_project(
@@ -108,7 +108,7 @@ def rope_project(
     assert prefix is not None
     assert prefix.room is not None
     q_BTNH, k_BTKH, v_BTKH = split(attention, x_BTD)
-    room_k_BRKH, room_v_BRKH = prefix.room.unbind(2)
-    S, T = prefix.k_BSKH.shape[1], x_BTD.shape[1]
-    q_BTNH = rope_qkv_cached(q_BTNH, k_BTKH, v_BTKH, *rotation, room_k_BRKH, room_v_BRKH, S)
-    return q_BTNH, first_rows(prefix.room, S + T)
+    S, T, K = prefix.k_BSKH.shape[1], x_BTD.shape[1], attention.num_kv_heads
+    whole = first_rows(prefix.room, prefix.room.shape[1], K)
+    q_BTNH = rope_qkv_cached(q_BTNH, k_BTKH, v_BTKH, *rotation, whole.k_BSKH, whole.v_BSKH, S)
+    return q_BTNH, first_rows(prefix.room, S + T, K)

@@ -1,13 +1,14 @@
 """Matrices that read the same input, merged into one: fewer and larger products.
 
-Shapes: B batch, T tokens, D width, H head dim, F hidden width of an MLP.
+Shapes: B batch, T tokens, D width, N query heads, K key/value heads, J = N + K heads that turn, M = N + 2 K all heads,
+H head dim, F hidden width of an MLP.
 """
 
 import torch
 from torch import Tensor
 
 from pi0exp.fusion.keys_only import KeysOnly
-from pi0exp.model.gemma import GemmaAttention, LayerCache, Rotation, extend
+from pi0exp.model.gemma import GemmaAttention, LayerCache, Rotation, extend, first_rows
 from pi0exp.model.layers import GatedMlp, Linear, rotate
 from pi0exp.model.siglip import VisionAttention
 from pi0exp.policy import Policy
@@ -60,11 +61,19 @@ def split(attention: GemmaAttention, x_BTD: Tensor) -> tuple[Tensor, Tensor, Ten
 def project_from_one(
     attention: GemmaAttention, x_BTD: Tensor, rotation: Rotation, prefix: LayerCache | None
 ) -> tuple[Tensor, LayerCache]:
-    """The slot `GemmaAttention.project`; queries and keys turn together."""
+    """The slot `GemmaAttention.project`; queries and keys turn together.
+
+    Where the room has a place for queries all heads are stored at once: Inductor makes one kernel of it, and two where
+    keys and values go elsewhere than queries.
+    """
     K = attention.num_kv_heads
     heads_BTMH = attention.qkv(x_BTD).unflatten(-1, (-1, attention.head_dim))
-    turned_BTMH = rotate(heads_BTMH[:, :, :-K], *rotation)
-    return turned_BTMH[:, :, :-K], extend(prefix, turned_BTMH[:, :, -K:], heads_BTMH[:, :, -K:])
+    turned_BTJH, v_BTKH = rotate(heads_BTMH[:, :, :-K], *rotation), heads_BTMH[:, :, -K:]
+    if prefix is None or prefix.room is None or prefix.room.shape[2] < heads_BTMH.shape[2]:
+        return turned_BTJH[:, :, :-K], extend(prefix, turned_BTJH[:, :, -K:], v_BTKH)
+    start, stop = prefix.k_BSKH.shape[1], prefix.k_BSKH.shape[1] + x_BTD.shape[1]
+    prefix.room[:, start:stop] = torch.cat([turned_BTJH, v_BTKH], dim=2)
+    return prefix.room[:, start:stop, : -2 * K], first_rows(prefix.room, stop, K)
 
 
 def keys_from_one(layer: KeysOnly, x_BTD: Tensor) -> tuple[Tensor, Tensor]:

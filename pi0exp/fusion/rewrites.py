@@ -47,8 +47,8 @@ class Rewrites:
     def chosen(self) -> list[str]:
         return [one.name for one in fields(self) if getattr(self, one.name)]
 
-    def apply(self, policy: Policy) -> None:
-        """In an order in which none needs what another has taken away."""
+    def apply(self, policy: Policy, queries_in_room: bool) -> None:
+        """In an order in which none needs what another has taken away. queries_in_room: see `steps.give_room`."""
         if self.trim_prompt:
             policy.prepare_with(trimmed, "without padding behind the longest prompt")
         if self.batch_cameras:
@@ -68,9 +68,9 @@ class Rewrites:
         if self.hoist_time or self.fold_action_in or self.hoist_modulations:
             steps.rewrite_suffix(policy, self.hoist_time, self.fold_action_in, self.hoist_modulations)
         if self.cache_room:
-            steps.give_room(policy)
+            steps.give_room(policy, queries_in_room)
         if self.hoist_state:
-            steps.hoist_state(policy)
+            steps.hoist_state(policy, queries_in_room)
         if self.rope_tables:
             steps.tabulate_rope(policy)
 

@@ -145,8 +145,11 @@ def linear(weight: Tensor, bias: Tensor | None) -> Linear:
 # ---- cache and state
 
 
-def give_room(policy: Policy) -> None:
-    """Let prefill and steps write their keys and values into one buffer a layer, of the size of prefix and suffix."""
+def give_room(policy: Policy, queries: bool) -> None:
+    """Let prefill and steps write their keys and values into one buffer a layer, of the size of prefix and suffix.
+
+    queries: with a place for queries beside them, so that what one matrix made goes into one buffer.
+    """
     if policy.model.empty_cache is not no_cache:
         return  # another rewrite or kernel needed it before
     suffix = policy.horizon + (not policy.model.config.pi05)
@@ -154,21 +157,23 @@ def give_room(policy: Policy) -> None:
     def empty_cache(model: Pi0, prefix_BSD: Tensor) -> list[LayerCache]:
         B, S, _ = prefix_BSD.shape
         config = model.config
-        shape = B, S + suffix, 2, config.num_kv_heads, config.head_dim
-        return [first_rows(prefix_BSD.new_empty(shape), 0) for _ in range(config.paligemma.depth)]
+        heads = 2 * config.num_kv_heads + (config.num_heads if queries else 0)
+        rooms = (prefix_BSD.new_empty(B, S + suffix, heads, config.head_dim) for _ in range(config.paligemma.depth))
+        return [first_rows(room, 0, config.num_kv_heads) for room in rooms]
 
     policy.fill_model("empty_cache", empty_cache, "a buffer a layer with room for the suffix behind the prefix")
 
 
-def hoist_state(policy: Policy) -> None:
+def hoist_state(policy: Policy, queries: bool) -> None:
     """Pi0's state token sees neither the actions nor the time, so its keys and values are the same in every step.
 
     The first step computes them with its own tokens and leaves them in the cache; the others have the actions alone.
+    queries: of the cache, see `give_room`.
     """
     if policy.model.config.pi05:
         policy.note("hoist_state: nothing to do, Pi0.5 has no state token")
         return
-    give_room(policy)
+    give_room(policy, queries)
     policy.fill_model("after_first", state_in_cache, "the state token is computed in the first step only")
 
 
@@ -177,7 +182,7 @@ def state_in_cache(model: Pi0, context: Context) -> Context:
     caches = []
     for k_BSKH, _, room in context.cache:
         assert room is not None
-        caches.append(first_rows(room, k_BSKH.shape[1] + 1))
+        caches.append(first_rows(room, k_BSKH.shape[1] + 1, k_BSKH.shape[2]))
     valid_BS, rotation = context.valid_BS, context.rotation
     valid_BS = torch.cat([valid_BS, valid_BS.new_ones(valid_BS.shape[0], 1)], dim=1)
     if rotation is not None:

@@ -144,7 +144,7 @@ class Tally:
     graphs/captures, graphs/kept, graphs/evictions: how many. graphs/capture_s: seconds of warm-up, capture and the
     replays that are timed, which are part of the first call of a structure. Of the last call:
     graphs/replays_per_call, the nodes and kernels that its replays launched (graphs/nodes, graphs/kernels) and the
-    host time of its replay calls in microseconds (graphs/replay_us).
+    host time of its replay calls in microseconds (graphs/replay_us; of one in the mean graphs/us_per_replay).
     """
 
     def __init__(self) -> None:
@@ -167,6 +167,8 @@ class Tally:
             "graphs/replays_per_call": float(len(self._replayed)),
             "graphs/replay_us": sum(graph.replay_us for graph in self._replayed),
         }
+        if self._replayed:
+            values["graphs/us_per_replay"] = values["graphs/replay_us"] / len(self._replayed)
         nodes = [graph.nodes for graph in self._replayed if graph.nodes is not None]
         kernels = [graph.kernels for graph in self._replayed if graph.kernels is not None]
         if len(nodes) == len(self._replayed):

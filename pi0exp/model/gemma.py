@@ -6,7 +6,7 @@ Shapes: B batch, T query tokens, S cached tokens, N query heads, K key/value hea
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from torch import Tensor, cat, nn, stack
+from torch import Tensor, cat, nn
 
 from pi0exp.model.config import GemmaConfig, ModelConfig
 from pi0exp.model.layers import (
@@ -29,8 +29,9 @@ Rotation = tuple[Tensor, Tensor]
 class LayerCache(NamedTuple):
     """Keys (after RoPE) and values of one layer, each [B, S, K, H].
 
-    room: [B, R, 2, K, H], the larger buffer of which they are the first S rows, keys then values; tokens to come are
-    written behind them in place. None where keys and values are put together anew.
+    room: [B, R, M, H], the larger buffer whose first S rows they are, its last 2 K heads: keys, then values. Tokens to
+    come are written behind them in place. In front of them there is room for queries if M is N + 2 K. None where keys
+    and values are put together anew.
     """
 
     k_BSKH: Tensor
@@ -38,9 +39,10 @@ class LayerCache(NamedTuple):
     room: Tensor | None = None
 
 
-def first_rows(room_BR2KH: Tensor, rows: int) -> LayerCache:
+def first_rows(room_BRMH: Tensor, rows: int, num_kv_heads: int) -> LayerCache:
     """The cache of the first `rows` tokens of a room."""
-    return LayerCache(room_BR2KH[:, :rows, 0], room_BR2KH[:, :rows, 1], room_BR2KH)
+    K = num_kv_heads
+    return LayerCache(room_BRMH[:, :rows, -2 * K : -K], room_BRMH[:, :rows, -K:], room_BRMH)
 
 
 def plain_project(
@@ -57,9 +59,9 @@ def extend(prefix: LayerCache | None, k_BTKH: Tensor, v_BTKH: Tensor) -> LayerCa
     if prefix is None:
         return LayerCache(k_BTKH, v_BTKH)
     if prefix.room is not None:
-        start, stop = prefix.k_BSKH.shape[1], prefix.k_BSKH.shape[1] + k_BTKH.shape[1]
-        prefix.room[:, start:stop] = stack([k_BTKH, v_BTKH], dim=2)
-        return first_rows(prefix.room, stop)
+        start, stop, K = prefix.k_BSKH.shape[1], prefix.k_BSKH.shape[1] + k_BTKH.shape[1], k_BTKH.shape[2]
+        prefix.room[:, start:stop, -2 * K :] = cat([k_BTKH, v_BTKH], dim=2)
+        return first_rows(prefix.room, stop, K)
     return LayerCache(cat([prefix.k_BSKH, k_BTKH], dim=1), cat([prefix.v_BSKH, v_BTKH], dim=1))
 
 

@@ -23,15 +23,20 @@ def build(config: ModelConfig, precision: Precision, source: Source, device: tor
     """
     with torch.device("meta"):
         model = Pi0(config, precision)
+    fill(model, precision, source)
+    model.rope.to(device)
+    kind = torch.device(device).type
+    assert all(tensor.device.type == kind for tensor in (*model.parameters(), *model.buffers()))
+    return model.eval()
+
+
+def fill(model: nn.Module, precision: Precision, source: Source) -> None:
+    """Put the values that `source` gives in the place of the parameters of a model, or of a part of one."""
     for name, empty in list(model.named_parameters()):
         value = precision.convert(name, source(name, tuple(empty.shape)))
         assert value.shape == empty.shape, f"{name} is {list(value.shape)}, not {list(empty.shape)}"
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    model.rope.to(device)
-    kind = torch.device(device).type
-    assert all(tensor.device.type == kind for tensor in (*model.parameters(), *model.buffers()))
-    return model.eval()
 
 
 def checkpoint_source(checkpoint: Checkpoint, device: torch.device | str) -> Source:

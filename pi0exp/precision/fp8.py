@@ -82,8 +82,8 @@ class Fp8(PrecisionOption):
         ends: set[nn.Module] = set()
         if self.keep_vision_ends:
             blocks = policy.instances(VisionBlock, "vision")
-            ends = {module for block in (blocks[0], blocks[-1]) for module in block.modules()}
-            if "vision" not in self.keep:
+            ends = {module for block in (*blocks[:1], *blocks[-1:]) for module in block.modules()}
+            if blocks and "vision" not in self.keep:
                 policy.note("vision: the first and the last block stay in bf16")
 
         def convert(linear: Linear) -> MatmulFn | None:

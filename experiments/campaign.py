@@ -1,0 +1,125 @@
+"""Run the studies one after the other, the most important first, within a time limit.
+
+    python experiments/campaign.py --minutes 9 --quick --results experiments/results
+    python experiments/campaign.py --minutes 9 --quick ladder masking model=tiny
+
+Each study is a process of `python -m pi0exp`, so that one that fails does not stop the next. First the result files of
+the studies that are already there are brought into the store: what is settled is not measured again. At the limit the
+running study is interrupted, which ends the point that it measures. Then a line a study says what is complete and what
+is missing; the same command goes on there. What each study took is kept in RESULTS/campaign.jsonl; the time that the
+rest needs is estimated from it.
+
+exit codes: 0 all complete; 1 something is missing or failed; 2 what was asked for cannot be.
+"""
+
+import argparse
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from pi0exp import compose
+from pi0exp.result import CONFIG_ERROR
+
+ORDER = (
+    *("ladder", "masking", "ablation", "perf_per_watt", "batch_scaling", "attention_backends", "graph_capture"),
+    *("prompt_and_horizon", "breakdown", "fidelity", "compile_modes"),
+)
+"""By importance; studies that are not named here follow in the order of the alphabet."""
+CLOSING = re.compile(r"^study (\S+): (\d+) of (\d+) points settled(?:, complete|; missing: (.*?); )", re.MULTILINE)
+GRACE_S = 20.0
+"""For an interrupted study to end its point and write what it has."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    usage, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(description=usage, epilog=rest, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="STUDY|WORD", help="studies (default: all), and words for each")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many; default: no limit")
+    parser.add_argument("--quick", action="store_true", help="measure=quick")
+    parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="where results are written")
+    parser.add_argument("--root", type=Path, help="folder of the MLflow store; default: mlruns of the repository")
+    given = parser.parse_intermixed_args(arguments)
+    known = sorted(
+        compose.files()["study"], key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name)
+    )
+    named = [word for word in given.words if "=" not in word]
+    if unknown := [name for name in named if name not in known]:
+        print(f"campaign: {unknown[0]}: no such study; there are {', '.join(known)}", file=sys.stderr)
+        return CONFIG_ERROR
+    words = [word for word in given.words if "=" in word] + (["measure=quick"] if given.quick else [])
+    own = [] if given.root is None else [f"track.root={given.root}"]
+    end = time.monotonic() + 60 * given.minutes - GRACE_S
+    given.results.mkdir(parents=True, exist_ok=True)
+    log, rows = given.results / "campaign.jsonl", []
+    for study in named or known:
+        if time.monotonic() >= end:
+            rows.append({"study": study, "state": "not begun"})
+            continue
+        bring_in(given.results / study, given.root)
+        row = run(study, [*words, *own, f"track.results={given.results}"], end - time.monotonic())
+        rows.append(row)
+        with log.open("a") as file:
+            file.write(json.dumps(row | {"words": words}) + "\n")
+    earlier = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    for row in rows:
+        print(line_of(row, [one for one in earlier if one["study"] == row["study"] and one["words"] == words]))
+    return int(any(row["state"] != "complete" for row in rows))
+
+
+def bring_in(folder: Path, root: Path | None) -> None:
+    """Result files of a study into the store; what cannot be read is told, and left out."""
+    if not folder.is_dir():
+        return
+    own = [] if root is None else ["--root", str(root)]
+    subprocess.run([sys.executable, "-m", "pi0exp.load", str(folder), *own], cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def run(study: str, words: list[str], seconds: float) -> dict[str, Any]:
+    """One study, interrupted after so many seconds. state: complete, missing points, interrupted, or failed."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "pi0exp", f"study={study}", *words]
+    print(f"campaign: {study}", file=sys.stderr, flush=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    interrupted = False
+    try:
+        out, _ = process.communicate(timeout=None if seconds == float("inf") else max(seconds, 1.0))
+    except subprocess.TimeoutExpired:
+        interrupted = True
+        process.send_signal(signal.SIGINT)
+        try:
+            out, _ = process.communicate(timeout=GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            out, _ = process.communicate()
+    except KeyboardInterrupt:
+        process.communicate()
+        raise
+    print(out, end="", flush=True)
+    row: dict[str, Any] = {"study": study, "seconds": round(time.monotonic() - began, 1), "code": process.returncode}
+    if found := CLOSING.search(out):
+        settled, points, missing = int(found[2]), int(found[3]), found[4]
+        return row | {"settled": settled, "points": points, "state": f"missing: {missing}" if missing else "complete"}
+    return row | {"state": "interrupted at the limit" if interrupted else f"failed with exit code {process.returncode}"}
+
+
+def line_of(row: dict[str, Any], earlier: list[dict[str, Any]]) -> str:
+    """What became of a study, and the seconds that it took when it was complete before, if it ever was."""
+    text = f"{row['study']}: {row['state']}"
+    if "points" in row:
+        text += f", {row['settled']} of {row['points']} points settled in {row['seconds']:.0f} s"
+    whole = [one["seconds"] for one in earlier if one["state"] == "complete"]
+    if row["state"] != "complete":
+        text += f"; took {max(whole):.0f} s before" if whole else "; time needed: not known"
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

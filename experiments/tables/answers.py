@@ -1,0 +1,34 @@
+"""The index of all studies, and the picture of one: what `python -m pi0exp.report` says of the committed results."""
+
+from functools import cache
+
+from pi0exp.experiments.tables.points import NONE_YET, markdown
+from pi0exp.report.chapters import chapters
+from pi0exp.report.document import Chapter
+from pi0exp.report.sources import committed
+
+
+def answers(name: str) -> str:
+    """A row a study: its question, its last answer, the day, and where its tables are."""
+    rows = []
+    for chapter in (one for one in _chapters() if one.study.question or one.machines):
+        links = [f"[{one.gpu}](results/{chapter.study.name}/{one.slug}.md)" for one in chapter.machines]
+        date = max((one.date for one in chapter.machines), default="-")
+        answer = chapter.answer or NONE_YET.strip()
+        rows.append([f"`{chapter.study.name}`", chapter.study.question or "-", answer, date, ", ".join(links) or "-"])
+    return markdown(("study", "question", "last answer", "date", "tables"), (), rows)
+
+
+def plot(name: str) -> str:
+    """The picture of a study for the README, whose folder `docs/` is in; and its answer."""
+    chapter = next((one for one in _chapters() if one.study.name == name), None)
+    if chapter is None or not chapter.machines:
+        return NONE_YET
+    last = max(chapter.machines, key=lambda machine: machine.date)
+    link = f"[All of it](experiments/results/{name}/{last.slug}.md)"
+    return f"![{chapter.study.question}](docs/{name}.svg)\n\n{last.answer} {last.about} {link}.\n"
+
+
+@cache
+def _chapters() -> list[Chapter]:
+    return chapters([], committed)

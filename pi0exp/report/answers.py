@@ -1,0 +1,220 @@
+"""The answer to a study's question in one sentence, made from its numbers alone.
+
+Names are set in backticks. What computes something else (APPROXIMATE) is never called best, and what differs by less
+than two processes of the same stack may is not called faster (pi0exp.intervals.MARGIN).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from pi0exp import intervals
+from pi0exp.config import Answer, ReportConfig
+from pi0exp.parity import RATED_W, target_ms
+from pi0exp.report.cells import number, scale_of, text_of, time_text, title
+from pi0exp.report.rows import Facet, Row
+
+MOST = 4
+"""Facets that an answer goes through; the table has all."""
+
+
+def answer(config: ReportConfig, found: Sequence[Facet]) -> str:
+    """ "" where nothing was measured; a sentence that ends with a full stop."""
+    if not any(facet.rows for facet in found):
+        return ""
+    told = [facet for facet in found if facet.ok]
+    text = ANSWERS[config.answer](config, told) if told else ""
+    return " ".join(filter(None, [text, _counted(found, always=not text)]))
+
+
+def _counted(found: Sequence[Facet], always: bool) -> str:
+    """How many points ended otherwise, and how many were measured quickly."""
+    rows = [row for facet in found for row in facet.rows]
+    outcomes = Counter(row.record["outcome"] for row in rows)
+    quick = sum(row.quick for row in rows if row.ok)
+    parts = []
+    if always or set(outcomes) != {"ok"}:
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+        parts.append(f"{len(rows)} point{'s' * (len(rows) != 1)}: {counts}.")
+    if quick:
+        parts.append(f"{quick} of {len(rows)} in the quick form only: wider intervals.")
+    return " ".join(parts)
+
+
+def _each(found: Sequence[Facet], sentence: Callable[[Facet], str]) -> str:
+    """A clause a facet, with its title before it where there are several."""
+    clauses = [(facet.title, clause) for facet in found if (clause := sentence(facet))]
+    if not clauses:
+        return ""
+    kept = [f"{name}: {clause}" if len(found) > 1 and name else clause for name, clause in clauses[:MOST]]
+    more = f"; {len(clauses) - MOST} more in the table" if len(clauses) > MOST else ""
+    text = f"{'; '.join(kept)}{more}."
+    return text[0].upper() + text[1:] if kept[0] == clauses[0][1] else text
+
+
+def _time(row: Row, facet: Facet) -> str:
+    scale = scale_of(facet.rows)
+    return f"{time_text(row.p50, scale)} {scale[1]}"
+
+
+def ladder(config: ReportConfig, found: Sequence[Facet]) -> str:
+    """From the first rung to the fastest, and the largest step between neighbours."""
+
+    def sentence(facet: Facet) -> str:
+        rungs = [row for row in facet.rows if row.ranked]
+        if len(rungs) < 2 or facet.best is None:
+            return ""
+        first, best = rungs[0], facet.best
+        if best is first:
+            return f"no rung is faster than `{first.label}` with {_time(first, facet)}"
+        steps = [(before.p50 - after.p50, after) for before, after in pairwise(rungs)]
+        gain, step = max(steps, key=lambda pair: pair[0])
+        scale = scale_of(facet.rows)
+        return (
+            f"from {_time(first, facet)} (`{first.label}`) to {_time(best, facet)} (`{best.label}`), "
+            f"{first.p50 / best.p50:.2f} times as fast; the largest step is `{step.label}` "
+            f"with {time_text(gain, scale)} {scale[1]} less"
+        )
+
+    return _each(found, sentence)
+
+
+def fastest(config: ReportConfig, found: Sequence[Facet]) -> str:
+    def sentence(facet: Facet) -> str:
+        best, ranked = facet.best, [row for row in facet.rows if row.ranked]
+        if best is None:
+            return ""
+        if len(ranked) == 1:
+            return f"`{best.label}` takes {_time(best, facet)}"
+        even = [row for row in ranked if row is not best and not _slower(best, row)]
+        names = " and ".join(f"`{row.label}`" for row in (best, *even))
+        verb = "is the fastest" if not even else "are the fastest, no difference seen between them,"
+        text = f"{names} {verb} of {len(ranked)} with {_time(best, facet)}"
+        base = facet.baseline
+        if base is None or base is best or base in even:
+            base = max(ranked, key=lambda row: row.p50)
+        return text if base in even else f"{text}, {base.p50 / best.p50:.2f} times as fast as `{base.label}`"
+
+    return _each(found, sentence)
+
+
+def _slower(best: Row, other: Row) -> bool:
+    """Beyond the margin, and its interval beyond that of the best one."""
+    apart = best.interval is None or other.interval is None or other.interval[0] > best.interval[1]
+    return apart and other.p50 > best.p50 * (1 + intervals.MARGIN)
+
+
+def parity(config: ReportConfig, found: Sequence[Facet]) -> str:
+    """The most calls a joule, and what rated power asks of the other kinds of GPU."""
+
+    def sentence(facet: Facet) -> str:
+        measured = [row for row in facet.rows if row.ranked and row.metric("perf_per_watt")]
+        if not measured:
+            return "no power was measured"
+        best = max(measured, key=lambda row: row.metric("perf_per_watt") or 0.0)
+        rate = number(row_value(best, "perf_per_watt"))
+        text = f"`{best.label}` has the most calls a watt: {rate} calls/s/W at {_time(best, facet)}"
+        if power := best.metric("power_w/mean"):
+            text += f" and {power:.0f} W"
+        gpu = str(best.record["fingerprint"].get("gpu", ""))
+        others = [name for name in RATED_W if name != gpu] if gpu in RATED_W else []
+        for other in others:
+            target = target_ms(best.p50, RATED_W[gpu], RATED_W[other])
+            text += (
+                f"; with rated power ({RATED_W[gpu]:.0f} W, {RATED_W[other]:.0f} W) "
+                f"{other} must take {target:.2f} ms or less for the same"
+            )
+        return text
+
+    return _each(found, sentence)
+
+
+def scaling(config: ReportConfig, found: Sequence[Facet]) -> str:
+    """Along a batch the highest throughput; along anything else how the first metric grows."""
+    name = config.x or "workload.batch_size"
+
+    def at(row: Row) -> float | None:
+        try:
+            return float(row.record["params"][name])
+        except (KeyError, ValueError):
+            return None
+
+    def sentence(facet: Facet) -> str:
+        metric = "throughput_hz" if name.endswith("batch_size") else config.metrics[0]
+        rows = [row for row in facet.rows if row.ranked and at(row) is not None and row.metric(metric) is not None]
+        if len({at(row) for row in rows}) < 2:
+            return ""
+        first = min(rows, key=lambda row: (at(row) or 0.0, row.p50))
+        scale, what = scale_of(facet.rows), name.rpartition(".")[2]
+        start = row_value(first, metric)
+        if metric == "throughput_hz":
+            peak = max(rows, key=lambda row: row_value(row, metric))
+            return (
+                f"the highest throughput is {row_value(peak, metric):.1f} samples/s at {what} {at(peak):g} "
+                f"(`{peak.label}`), {row_value(peak, metric) / start:.2f} times that at {at(first):g}"
+            )
+        line = [row for row in rows if all(_same(row, first, series) for series in config.series)]
+        last = max(line, key=lambda row: at(row) or 0.0)
+        end, unit = row_value(last, metric), f" {scale[1]}" if "_ms" in metric else ""
+        ratio = f", {end / start:.2f} times" if start else ""
+        return (
+            f"from {what} {at(first):g} to {at(last):g} {title(metric)} goes from "
+            f"{text_of(metric, start, scale)}{unit} to {text_of(metric, end, scale)}{unit}{ratio}"
+        )
+
+    return _each(found, sentence)
+
+
+def _same(row: Row, other: Row, name: str) -> bool:
+    return bool(row.record["params"].get(name) == other.record["params"].get(name))
+
+
+def row_value(row: Row, metric: str) -> float:
+    value = row.metric(metric)
+    assert value is not None
+    return value
+
+
+def fidelity(config: ReportConfig, found: Sequence[Facet]) -> str:
+    """Who keeps to plain PyTorch's own error, and what the others compute."""
+
+    def sentence(facet: Facet) -> str:
+        rows = [row for row in facet.rows if row.metric("error/rel_l2") is not None]
+        same = [row for row in rows if row.ranked]
+        if not rows:
+            return ""
+        text = f"{len(same)} of {len(rows)} keep to the bound of plain PyTorch's own error"
+        if same:
+            worst = max(same, key=lambda row: row_value(row, "error/rel_l2"))
+            text += f", the largest being {row_value(worst, 'error/rel_l2'):.1e}{_named(worst)}"
+        if others := [row for row in rows if row.approximate]:
+            far = max(others, key=lambda row: row_value(row, "error/rel_l2"))
+            verb = "computes" if len(others) == 1 else "compute"
+            text += (
+                f"; {len(others)} {verb} other actions, up to {row_value(far, 'error/rel_l2'):.1e} away{_named(far)}"
+            )
+        return text
+
+    return _each(found, sentence)
+
+
+def _named(row: Row) -> str:
+    """Its name in brackets, if it is one that can be read in a sentence."""
+    return f" (`{row.label}`)" if len(row.label) <= _READABLE else ""
+
+
+_READABLE = 40
+
+
+def none(config: ReportConfig, found: Sequence[Facet]) -> str:
+    return ""
+
+
+ANSWERS: dict[Answer, Callable[[ReportConfig, Sequence[Facet]], str]] = {
+    Answer.ladder: ladder,
+    Answer.fastest: fastest,
+    Answer.parity: parity,
+    Answer.scaling: scaling,
+    Answer.fidelity: fidelity,
+    Answer.none: none,
+}

@@ -1,0 +1,136 @@
+"""What the report says of a study on one machine, before it is Markdown or HTML: both show the same."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pi0exp.experiments.tables.points import machine_line
+from pi0exp.report import published
+from pi0exp.report.answers import answer
+from pi0exp.report.cells import Column, cases, columns
+from pi0exp.report.plots import Plot, plots
+from pi0exp.report.published import Figure, Judged
+from pi0exp.report.rows import OPTIONS, PLAIN, Facet, Row, facets
+from pi0exp.report.sources import Measured
+from pi0exp.report.study import Study
+from pi0exp.track import Record
+
+
+@dataclass(frozen=True)
+class Table:
+    """caption: what its rows have in common. titles, numbers: of the columns; numbers stand to the right."""
+
+    caption: str
+    columns: tuple[Column, ...]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        return [list(cells) for cells in zip(*(column.cells for column in self.columns), strict=True)]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A study on one GPU. slug: its folder. about: GPU, versions, days, commits. date: of the last measurement."""
+
+    slug: str
+    gpu: str
+    about: str
+    date: str
+    answer: str
+    facets: tuple[Facet, ...]
+    tables: tuple[Table, ...]
+    plots: tuple[Plot, ...]
+
+    @property
+    def rows(self) -> list[Row]:
+        return [row for facet in self.facets for row in facet.rows]
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A study with all machines on which it ran, none where it was not measured yet."""
+
+    study: Study
+    machines: tuple[Machine, ...]
+    figures: tuple[Judged, ...]
+
+    @property
+    def answer(self) -> str:
+        """Of the machine that measured last."""
+        last = max(self.machines, key=lambda machine: machine.date, default=None)
+        return "" if last is None else last.answer
+
+
+def chapter(study: Study, measured: Measured, figures: Sequence[Figure]) -> Chapter:
+    machines = tuple(machine(study, slug, found) for slug, found in sorted(measured.get(study.name, {}).items()))
+    rows = {one.gpu: one.rows for one in machines}
+    own = [figure for figure in figures if figure.study == study.name]
+    texts = {figure.id: figure.text for figure in figures}
+    found = (
+        replace(published.judged(figure, rows), others=tuple(texts[name] for name in figure.conflicts))
+        for figure in own
+    )
+    return Chapter(study, machines, tuple(found))
+
+
+def machine(study: Study, slug: str, records: Sequence[Record]) -> Machine:
+    found = facets(study, records)
+    kept = [row.record for facet in found for row in facet.rows]
+    prints = [record["fingerprint"] for record in kept]
+    calls = sorted({row.calls for facet in found for row in facet.rows} - {0})
+    about = f"{machine_line(prints)}; {_some(calls)} calls a point, one process each."
+    return Machine(
+        slug=slug,
+        gpu=str(prints[0].get("gpu", slug)),
+        about=about,
+        date=max(str(one.get("date", "")) for one in prints),
+        answer=answer(study.report, found),
+        facets=tuple(found),
+        tables=(*(table(study, facet) for facet in found), *parts(found)),
+        plots=tuple(plots(study.report, found)),
+    )
+
+
+def _some(calls: list[int]) -> str:
+    if not calls:
+        return "no"
+    return " or ".join(map(str, calls)) if len(calls) < 4 else f"{calls[0]} to {calls[-1]}"
+
+
+def table(study: Study, facet: Facet) -> Table:
+    names = [name for name in study.report.label if name not in study.report.facet] or [OPTIONS]
+    labels = [Column(name, [_code(row.names[i]) for row in facet.rows], number=False) for i, name in enumerate(names)]
+    return Table(facet.title, (*labels, *columns(facet, study.report.metrics)))
+
+
+def parts(found: Sequence[Facet]) -> list[Table]:
+    """A table for each row that was measured part by part."""
+    rows = [(facet, row) for facet in found for row in facet.rows]
+    made = [(facet, row, cases(row)) for facet, row in rows]
+    return [
+        Table(" · ".join(filter(None, [facet.title if len(found) > 1 else "", row.label, "part by part"])), tuple(own))
+        for facet, row, own in made
+        if own
+    ]
+
+
+def _code(text: str) -> str:
+    return text if text in (PLAIN, "-") else f"`{text}`"
+
+
+def figures_table(found: Sequence[Judged]) -> Table:
+    """Published figures beside ours."""
+    cells = [
+        (
+            one.figure.what,
+            one.figure.text,
+            one.figure.gpu + (" (assumed)" if one.figure.assumed else ""),
+            one.ours_text,
+            one.gpu,
+            one.told + (f"; otherwise published: {', '.join(one.others)}" if one.others else ""),
+            one.figure.source,
+        )
+        for one in found
+    ]
+    titles = [("what", False), ("published", True), ("on", False), ("ours", True), ("on ", False)]
+    titles += [("verdict", False), ("source", False)]
+    return Table("", tuple(Column(t, [row[i] for row in cells], n) for i, (t, n) in enumerate(titles)))

@@ -1,0 +1,217 @@
+"""Records as rows: the latest of each point, in order, with a label, split into facets."""
+
+import json
+from collections import Counter
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from pi0exp import compose
+from pi0exp.config import GROUPS
+from pi0exp.experiments.tables.points import changes, short
+from pi0exp.interval import median_interval
+from pi0exp.operands import comparable
+from pi0exp.result import Outcome
+from pi0exp.track import Record
+
+if TYPE_CHECKING:
+    from pi0exp.report.study import Study
+
+P50 = "latency_ms/p50"
+OPTIONS = "options"
+"""Among the labels of a study: the short form of the options, which is no parameter."""
+PLAIN = "none: plain PyTorch"
+"""What the short form says of a point without any option."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """names: one text for each label of the study, by which the row is told from others of its facet."""
+
+    names: tuple[str, ...]
+    record: Record
+
+    @property
+    def label(self) -> str:
+        return " ".join(self.names)
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.record["outcome"] == Outcome.OK)
+
+    @property
+    def approximate(self) -> bool:
+        """It computes something else, within a bound or without one: it is shown, and never called best."""
+        return bool(self.record["numerics"] == "APPROXIMATE")
+
+    @property
+    def ranked(self) -> bool:
+        return self.ok and not self.approximate
+
+    @property
+    def quick(self) -> bool:
+        return is_quick(self.record)
+
+    @property
+    def p50(self) -> float:
+        """Milliseconds; only of a row that is ok."""
+        return float(self.record["metrics"][P50])
+
+    @property
+    def calls(self) -> int:
+        return len(self.record["samples"].get("latency_ms", []))
+
+    def metric(self, name: str) -> float | None:
+        found = self.record["metrics"].get(name)
+        return None if found is None else float(found)
+
+    @cached_property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % of the median latency, in ms; computed from the samples for records that do not hold it."""
+        low, high = self.metric("latency_ms/p50_low"), self.metric("latency_ms/p50_high")
+        if low is not None and high is not None:
+            return low, high
+        found = median_interval(self.record["samples"].get("latency_ms", []))
+        return None if found is None else (found.low, found.high)
+
+    def interval_of(self, metric: str) -> tuple[float, float] | None:
+        """Of another metric that follows from the median latency or has an uncertainty of its own; else None."""
+        value = self.metric(metric)
+        if value is None or metric == P50:
+            return self.interval if metric == P50 else None
+        if metric == "energy_j/call" and (half := self.metric("energy_j/uncertainty")) is not None:
+            return value - half, value + half
+        if metric in ("throughput_hz", "roofline/share") and self.interval is not None:  # both are something / p50
+            return value * self.p50 / self.interval[1], value * self.p50 / self.interval[0]
+        return None
+
+
+@dataclass(frozen=True)
+class Facet:
+    """Rows that are compared with each other. title: what they have in common; "" where there is nothing to tell."""
+
+    title: str
+    rows: tuple[Row, ...]
+    baseline: Row | None = None
+
+    @property
+    def ok(self) -> list[Row]:
+        return [row for row in self.rows if row.ok]
+
+    @property
+    def best(self) -> Row | None:
+        """The fastest of those that compute the same."""
+        return min((row for row in self.rows if row.ranked), key=lambda row: row.p50, default=None)
+
+    def ratio(self, row: Row) -> float | None:
+        """How many times as fast as the baseline."""
+        return self.baseline.p50 / row.p50 if self.baseline is not None and row.ok else None
+
+
+def is_quick(record: Record) -> bool:
+    return bool(record["params"].get("measure") == "quick")
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """Of several measurements of one experiment the last; a quick one only where there is no other.
+
+    records: the first one first; of two of a day the order counts.
+    """
+
+    def when(record: Record) -> tuple[bool, str]:
+        return not is_quick(record), str(record["fingerprint"].get("date", ""))
+
+    found = {}
+    for record in sorted(records, key=when):
+        found[json.dumps(comparable(record["experiment"]), sort_keys=True)] = record
+    return list(found.values())
+
+
+def facets(study: "Study", records: Iterable[Record]) -> list[Facet]:
+    """The records of one study on one machine."""
+    config, parts = study.report, dict[tuple[str, ...], list[Record]]()
+    varied = _varied(study)
+    kept = sorted(latest(records), key=lambda record: _order(study, record))
+    for record in kept:
+        parts.setdefault(tuple(shown(record, name, varied) for name in config.facet), []).append(record)
+    made = []
+    for values, members in parts.items():
+        title = ", ".join(_titled(name, value) for name, value in zip(config.facet, values, strict=True))
+        rows = labelled(members, [name for name in config.label if name not in config.facet], varied)
+        one = Facet(title, tuple(rows))
+        first = next((row for row in rows if row.ranked), None) or next(iter(one.ok), None)
+        baseline = {"first": first, "best": one.best, "none": None}[config.baseline]
+        made.append(replace(one, baseline=baseline))
+    return made
+
+
+def _order(study: "Study", record: Record) -> tuple[Any, ...]:
+    """As planned, if it was; otherwise the slowest first. Facets come in the order of their first rows."""
+    place = _place(study.planned, record["params"]) if study.report.order == "sweep" else 0
+    named = [shown(record, name, _varied(study)) for name in study.report.facet]
+    return place, named, -record["metrics"].get(P50, 0.0), record["key"]
+
+
+def _varied(study: "Study") -> frozenset[str]:
+    """Parameters that have a place of their own: they are no part of what a model or workload is called."""
+    config = study.report
+    swept = (name for words in study.planned for name in words)
+    return frozenset([*config.label, *config.series, *filter(None, [config.x]), *swept])
+
+
+def _place(planned: Sequence[dict[str, str]], params: dict[str, str]) -> int:
+    """Which of the planned points this is: of those that nothing speaks against the one with the most words.
+
+    A parameter that a point does not have is as in its file, which a word may say, too.
+    """
+    best, found = -1, len(planned)
+    for i, words in enumerate(planned):
+        if all(params.get(name, value) == value for name, value in words.items()) and len(words) > best:
+            best, found = len(words), i
+    return found
+
+
+def shown(record: Record, name: str, varied: Container[str] = ()) -> str:
+    """The value of a parameter for a reader; "-" where the point has none.
+
+    A model or workload with what is not as in its file, less what is `varied`.
+    """
+    params = record["params"]
+    if name == OPTIONS:
+        return options(params)
+    if name in ("model", "workload") and params.get(name) in compose.files()[name]:
+        changed = (one for one in changes(record, name) if f"{name}.{one.partition('=')[0]}" not in varied)
+        return " ".join([params[name], *changed])
+    return str(params.get(name, params.get(name.partition(".")[0], "-") if name.startswith(GROUPS) else "-"))
+
+
+def options(params: dict[str, str]) -> str:
+    return short(params).strip("`") if set(GROUPS) <= params.keys() else params.get("stack", "-")
+
+
+def _titled(name: str, value: str) -> str:
+    return value if name in ("model", "workload", "stack", OPTIONS) else f"{name} {value}"
+
+
+def labelled(records: Sequence[Record], label: Sequence[str], varied: Container[str] = ()) -> list[Row]:
+    """Rows with the texts of these parameters, or of the options; what else differs between equals is added."""
+    names = list(label) or [OPTIONS]
+    texts = [tuple(shown(record, name, varied) for name in names) for record in records]
+    counts = Counter(texts)
+    rows = []
+    for record, text in zip(records, texts, strict=True):
+        alike = [other for other, its in zip(records, texts, strict=True) if its == text]
+        extra = _differing(record, alike, names) if counts[text] > 1 else []
+        rows.append(Row((*text[:-1], " ".join([text[-1], *extra])), record))
+    return rows
+
+
+def _differing(record: Record, alike: list[Record], names: list[str]) -> list[str]:
+    """name=value of each parameter in which it differs from rows of the same label."""
+    params = dict.fromkeys(name for other in alike for name in other["params"] if name not in (*names, "measure"))
+    return [
+        f"{name}={record['params'].get(name, '-')}"
+        for name in params
+        if len({other["params"].get(name) for other in alike}) > 1
+    ]

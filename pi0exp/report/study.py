@@ -1,0 +1,123 @@
+"""A study as the report knows it: its question, how to ask it again, the order of its points, how they are shown.
+
+A study is a yaml of `experiments/study/`; its question is the comment at its head. Points that were run by hand under
+a name have `experiments/results/NAME/about.yaml` instead: question, commands, report. A name that has neither has no
+question, and is shown all the same.
+"""
+
+import shlex
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pi0exp import compose, config
+from pi0exp.config import ReportConfig
+from pi0exp.errors import UserError
+from pi0exp.known import RESULTS
+from pi0exp.report.plots import PLOTS
+
+ABOUT = "about.yaml"
+
+
+@dataclass(frozen=True)
+class Study:
+    """question: ends with `?`; "" where nobody asked one. commands: how to measure it.
+
+    planned: the points of its sweep in their order, each by the words of the command line: {"stack": "0_eager"}.
+    """
+
+    name: str
+    question: str = ""
+    commands: tuple[str, ...] = ()
+    report: ReportConfig = field(default_factory=ReportConfig)
+    planned: tuple[dict[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class About:
+    """The form of about.yaml."""
+
+    question: str
+    commands: list[str]
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def study(name: str, results: Path = RESULTS) -> Study:
+    """Raises UserError, with the file, for one that cannot be read."""
+    if file := compose.files()["study"].get(name):
+        return of_yaml(name, file)
+    about = results / name / ABOUT
+    if not about.is_file():
+        return Study(name)
+    found = config.typed(About, _read(about), f"{about.parent.name}/{ABOUT}")
+    return Study(name, found.question, tuple(found.commands), checked(found.report, str(about)))
+
+
+def of_yaml(name: str, file: Path) -> Study:
+    body = _read(file)
+    sweeper = (body.get("hydra") or {}).get("sweeper") or {}
+    command = f"python -m pi0exp study={name} track.results=experiments/results"
+    return Study(name, question(file), (command,), checked(body.get("report") or {}, str(file)), planned(sweeper))
+
+
+def planned(sweeper: dict[str, Any]) -> tuple[dict[str, str], ...]:
+    """Every combination of `params`, and with each of them every line of `points`. None where `trials` are chosen."""
+    if sweeper.get("trials") is not None:
+        return ()
+    shared = combinations([f"{key}={values}" for key, values in (sweeper.get("params") or {}).items()])
+    lines = [line for text in sweeper.get("points") or [] for line in combinations(shlex.split(text))]
+    return tuple(one | line for one in shared for line in lines or [{}])
+
+
+def combinations(words: list[str]) -> list[dict[str, str]]:
+    """Key -> value, for every combination of the values that these words of the command line give."""
+    with compose.session():
+        parsed = OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
+        values = {
+            one.get_key_element(): list(one.sweep_string_iterator())
+            if one.is_sweep_override()
+            else [one.get_value_element_as_str()]
+            for one in parsed
+        }
+    return [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+
+
+def question(file: Path) -> str:
+    """The comment at the head of a study, up to its first question mark."""
+    lines = (line.strip() for line in file.read_text().splitlines())
+    text = ""
+    for line in (line for line in lines if not line.startswith("# @package")):
+        if not line.startswith("#"):
+            break
+        text = f"{text} {line.removeprefix('#').strip()}".strip()
+    head, mark, _ = text.partition("?")
+    return head + mark if mark else ""
+
+
+def checked(section: Any, file: str) -> ReportConfig:
+    """The section `report` with plots that are known. Raises UserError."""
+    try:
+        found = config.report({"report": section})
+        if wrong := [name for name in found.plots if name not in PLOTS]:
+            raise UserError(f"report.plots: {wrong[0]!r} is none of {', '.join(PLOTS)}")
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    return found
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        body = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    except (OmegaConfBaseException, OSError, ValueError) as error:
+        raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of the YAML parser, whose errors have no common base but this
+        raise UserError(f"{file}: {' '.join(str(error).split())}") from error
+    if not isinstance(body, dict):
+        raise UserError(f"{file}: holds no settings")
+    return {str(key): value for key, value in body.items()}
