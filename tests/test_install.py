@@ -51,7 +51,7 @@ def test_everything_comes_along(installed, tmp_path):
 def test_help_and_a_point_from_elsewhere(installed, tmp_path):
     shown = elsewhere(installed, tmp_path, "-m", "pi0exp", "--help")
     assert shown.returncode == 0, shown
-    assert "study: ladder" in shown.stdout
+    assert "study: ablation, " in shown.stdout
     done = elsewhere(installed, tmp_path, "-m", "pi0exp", *QUICK, "workload=aloha")
     assert done.returncode == 0, done
     assert "outcome  ok" in done.stdout
