@@ -49,24 +49,22 @@ def multiply(w, x, acc, GROUPS: tl.constexpr, X_LEFT: tl.constexpr, UPCAST: tl.c
 
 
 @triton.jit
-def skinny_gemm_kernel(
-    x_ptr, weight_ptr, y_ptr, bias_ptr, residual_ptr, scale_ptr, parts_ptr, counters_ptr,
-    M, N, K, stride_m, rows_per_scale,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr, SPLITS: tl.constexpr,
+def summed(
+    x_ptr, weight_ptr, parts_ptr, counters_ptr, row_R, M, K, stride_m,
+    R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr, SPLITS: tl.constexpr,
     GROUPS: tl.constexpr, HELD: tl.constexpr, X_LEFT: tl.constexpr, PDL: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
+    EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """BN columns of y, or one of SPLITS parts of their sum: STEPS chunks of GROUPS x BK of K."""
+    """x w^T of all rows of x and the rows `row_R` of the weight: [BM, R], and whether this program has it.
+
+    Grid (tiles of the weight, SPLITS): a program sums STEPS chunks of GROUPS x BK of K, and the one that is through
+    last adds what the others of its tile have left, in the order of K.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.program_id(0)
     part = tl.program_id(1)
-    R: tl.constexpr = 2 * BN if GATED else BN
     CHUNK: tl.constexpr = GROUPS * BK
-    r_R = tl.arange(0, R)
-    n_R = tile * BN + r_R % BN
-    # Rows past the end read row 0 again: no mask here, and `finish` stores none of them.
-    row_R = tl.where(n_R < N, n_R, 0) + (r_R // BN) * N
     m_M = tl.arange(0, BM)
     read_M = tl.where(m_M < M, m_M, 0)
     if GROUPS > 1:
@@ -104,7 +102,7 @@ def skinny_gemm_kernel(
     last = True
     if SPLITS > 1:
         SIZE: tl.constexpr = BM * R
-        cell_MR = m_M[:, None] * R + r_R[None, :]
+        cell_MR = m_M[:, None] * R + tl.arange(0, R)[None, :]
         parts = parts_ptr + tile * SPLITS * SIZE
         tl.store(parts + part * SIZE + cell_MR, acc)
         # One thread counts for all, so all must have stored; acq_rel then publishes their parts and shows the others'.
@@ -116,10 +114,39 @@ def skinny_gemm_kernel(
             for one in tl.static_range(SPLITS):
                 # .cg: from the L2, where other multiprocessors' stores are.
                 acc += tl.load(parts + one * SIZE + cell_MR, cache_modifier=".cg")
+    return acc, last
+
+
+@triton.jit
+def halves(acc, BM: tl.constexpr, HALF: tl.constexpr):
+    """The first HALF columns of [BM, 2 HALF] and the others."""
+    return tl.split(tl.permute(tl.reshape(acc, (BM, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def skinny_gemm_kernel(
+    x_ptr, weight_ptr, y_ptr, bias_ptr, residual_ptr, scale_ptr, parts_ptr, counters_ptr,
+    M, N, K, stride_m, rows_per_scale,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr, SPLITS: tl.constexpr,
+    GROUPS: tl.constexpr, HELD: tl.constexpr, X_LEFT: tl.constexpr, PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """BN columns of y, or one of SPLITS parts of their sum."""
+    R: tl.constexpr = 2 * BN if GATED else BN
+    first = tl.program_id(0) * BN
+    r_R = tl.arange(0, R)
+    n_R = first + r_R % BN
+    # Rows past the end read row 0 again: no mask here, and `finish` stores none of them.
+    row_R = tl.where(n_R < N, n_R, 0) + (r_R // BN) * N
+    acc, last = summed(
+        x_ptr, weight_ptr, parts_ptr, counters_ptr, row_R, M, K, stride_m,
+        R, BM, BK, STEPS, SPLITS, GROUPS, HELD, X_LEFT, PDL, EVEN_K, UPCAST,
+    )  # fmt: skip
     if last:
-        n_N = tile * BN + tl.arange(0, BN)
+        m_M = tl.arange(0, BM)
+        n_N = first + tl.arange(0, BN)
         if GATED:
-            h_MN, up_MN = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN)), (0, 2, 1)))
+            h_MN, up_MN = halves(acc, BM, BN)
             finish(
                 h_MN, up_MN, m_M, n_N, y_ptr, bias_ptr, residual_ptr, scale_ptr, M, N, rows_per_scale, ACTIVATION, True
             )  # fmt: skip

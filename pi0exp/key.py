@@ -14,7 +14,7 @@ _LINKED = ("kernels", "conf", "experiments")
 """Folders that are links in a checkout and plain folders in an installed package."""
 _READERS = ("report",)
 """Folders of what reads results and takes no part in making them."""
-_SUFFIXES = (".py", ".csv")
+_SUFFIXES = (".py", ".csv", ".json")
 """Code, and the tables of tuned kernels that stand beside it."""
 
 

@@ -138,9 +138,12 @@ class StagedOption(Option):
     denoise: Any = None
 
     def apply(self, policy: Policy) -> None:
-        own = [stage for stage in STAGES if getattr(self, stage) is None]
+        own = [stage for stage in STAGES if getattr(self, stage) is None and stage not in policy.closed]
         if own:
             self.apply_to(policy, tuple(own))
+        if type(self).apply_to is not StagedOption.apply_to:
+            for stage in policy.closed:
+                policy.note(f"{stage}: left to {policy.closed[stage]}")
         for stage in STAGES:
             if (option := getattr(self, stage)) is not None:
                 option.apply_to(policy, (stage,))

@@ -39,6 +39,7 @@ class Policy:
 
     horizon, num_steps: size of the action chunk and number of Euler steps. applied: group -> what its option did.
     stages_apart: each call runs the functions of the stages from Python; false in one graph for the whole call.
+    closed: stage -> the switch that computes all of it, so that options for all stages leave it alone.
     """
 
     model: Pi0
@@ -46,6 +47,7 @@ class Policy:
     num_steps: int = 10
     applied: dict[str, list[str]] = field(default_factory=dict)
     stages_apart: bool = True
+    closed: dict[str, str] = field(default_factory=dict)
     _prepare: list[Prepare] = field(default_factory=list)
     _call: DeviceCall | None = None
     _counters: list[Counters] = field(default_factory=list)

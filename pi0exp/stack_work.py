@@ -64,7 +64,7 @@ def computed(stack: Stack, pi05: bool, cameras_present: list[bool], lengths: lis
         unfolded_actions=not rewrites.fold_action_in,
         state_every_step=not rewrites.hoist_state,
         # Kernels that write into the cache, and the state token that stays there, bring its room with them.
-        copied_cache=not (rewrites.cache_room or (rewrites.hoist_state and not pi05) or fusion.rope),
+        copied_cache=not (rewrites.cache_room or (rewrites.hoist_state and not pi05) or fusion.rope or fusion.blocks),
     )
 
 

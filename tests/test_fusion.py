@@ -96,10 +96,13 @@ def test_bf16_stays_within_the_bound(pi05: bool, words: tuple[str, ...]):
 
 
 def test_switches_of_the_named_sets():
-    sets = {name: config.stack(plain_config(f"fusion={name}")).fusion for name in ("none", "projections", "kernels")}
+    names = ("none", "projections", "kernels", "blocks")
+    sets = {name: config.stack(plain_config(f"fusion={name}")).fusion for name in names}
     assert sets["none"] == Fusion()
     assert sets["projections"] == Fusion(qkv=True, gate_up=True)
     assert sets["kernels"] == Fusion(qkv=True, gate_up=True, norms=True, activation=True, rope=True)
+    rewrites = replace(EVERY_REWRITE, fold_norms=False, fold_q_scale=False)
+    assert sets["blocks"] == replace(sets["kernels"], blocks=True, rewrites=rewrites)
     assert sets["none"].numerics is Numerics.EXACT
     assert sets["projections"].numerics is Numerics.REORDERED
 

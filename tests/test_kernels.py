@@ -210,7 +210,32 @@ def mutants() -> list[tuple[str, str, Any]]:
             room.copy_(room.roll(1, dims=1))
         return q
 
+    def neighbours_squares(x, squares, *others):
+        return r["stream_gated"](x, squares.roll(1, dims=1), *others)
+
+    def without_scale(*arguments):
+        x, _, squares = r["stream_residual"](*arguments)
+        return x, x, squares
+
+    def squares_of_the_branch(h, weight, x, *others):
+        return (*r["stream_residual"](h, weight, x, *others)[:2], r["stream_residual"](h, weight, x * 0, *others)[2])
+
+    def swapped_rooms(*a):
+        return r["stream_qkv"](*a[:6], a[7], a[6], *a[8:])
+
     return [
+        ("stream_qkv", "no offset", lambda *a: r["stream_qkv"](*a[:3], None, *a[4:])),
+        ("stream_qkv", "keys and values swapped", swapped_rooms),
+        ("stream_qkv", "no eps", lambda *a: r["stream_qkv"](*a[:9], 0.0, a[10])),
+        ("stream_gated", "squares of the row beside", neighbours_squares),
+        ("stream_residual", "no gate", lambda h, w, x, g, *m: r["stream_residual"](h, w, x, None, *m)),
+        ("stream_residual", "xs without its scale", without_scale),
+        ("stream_residual", "squares of the branch alone", squares_of_the_branch),
+        ("stream_attention", "sees the future", lambda *a: r["stream_attention"](*a[:4], False, *a[5:])),
+        ("stream_attention", "sees hidden keys", lambda *a: r["stream_attention"](*a[:3], None, *a[4:])),
+        ("stream_begin", "no scale", lambda x, s, like: r["stream_begin"](x, s * 0, like)),
+        ("stream_end", "no shift", lambda x, q, t, *m: r["stream_end"](x, q, None, *m)),
+        ("stream_end", "the first tokens", lambda x, *m: r["stream_end"](x.flip(1), *m)),
         ("rms_norm", "weight without one", lambda x, w, e: r["rms_norm"](x, w - 1, e)),
         ("rms_norm", "no eps", lambda x, w, e: r["rms_norm"](x, w, 0.0)),
         ("rms_norm", "sum for mean", lambda x, w, e: r["rms_norm"](x * x.shape[-1] ** 0.5, w, e)),
@@ -266,6 +291,26 @@ REFUSED = {
     "up of another width": ("gated_activation", lambda: (rows(2, 8), rows(2, 4), "silu"), "differ"),
     "rows beyond the room": ("rope_qkv_cached", lambda: qkv(3, 5, 3), "rows 3 to 6 of a room of 5"),
     "rows before the room": ("rope_qkv_cached", lambda: qkv(3, 5, -1), "rows -1"),
+    "too many rows": (
+        "stream_gated",
+        lambda: (rows(1, 65, 8), rows(1, 65, dtype=torch.float32), rows(4, 8), None, 1e-6, torch.zeros(0)),
+        "a stream takes 1 to 64",
+    ),
+    "squares of other rows": (
+        "stream_gated",
+        lambda: (rows(1, 3, 8), rows(1, 4, dtype=torch.float32), rows(4, 8), None, 1e-6, torch.zeros(0)),
+        "[P, M]",
+    ),
+    "counters of another kind": (
+        "stream_gated",
+        lambda: (rows(1, 3, 8), rows(1, 3, dtype=torch.float32), rows(4, 8), None, 1e-6, torch.zeros(8)),
+        "counters",
+    ),
+    "more settled keys than there are": (
+        "stream_attention",
+        lambda: (*[rows(1, 3, 1, 16)] * 3, None, False, 1.0, 4, torch.zeros(0, dtype=torch.int32)),
+        "4 of 3 keys",
+    ),
     "turns of other tokens": ("rope_qkv", lambda: (*qkv(3, 5, 0)[:3], rows(1, 2, 1, 8), rows(1, 2, 1, 8)), "turns no"),
 }
 

@@ -1,16 +1,21 @@
-"""Which weights and operations become one: switches, of which `none`, `projections` and `kernels` are named sets.
+"""Which weights and operations become one: switches, of which `none`, `projections`, `kernels` and `blocks` are named
+sets.
 
 `fusion.rewrites` says things of the model more cheaply; see `pi0exp.fusion.rewrites`. The checkpoint's format stays as
 it is: weights are merged from the plain model's when the stack is applied.
 """
 
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
-from pi0exp.fusion import kernels, projections
+from pi0exp.fusion import blocks, kernels, projections
 from pi0exp.fusion.rewrites import Rewrites
 from pi0exp.machine import Machine
 from pi0exp.option import ANY_GPU, Numerics, Option
 from pi0exp.policy import Policy
+
+if TYPE_CHECKING:
+    from pi0exp.config import Stack
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,8 @@ class Fusion(Option):
 
     qkv: queries, keys and values by one matrix. gate_up: both halves of Gemma's MLP by one. norms: RMSNorm, adaptive
     RMSNorm and LayerNorm as one Triton kernel together with the residual sum before them. activation: the gated
-    activation as one Triton kernel. rope: split, rotation and the write into the cache as one Triton kernel.
+    activation as one Triton kernel. rope: split, rotation and the write into the cache as one Triton kernel. blocks:
+    the denoising step as a chain of hand-fused Triton kernels, five a layer.
     """
 
     qkv: bool = False
@@ -27,6 +33,7 @@ class Fusion(Option):
     norms: bool = False
     activation: bool = False
     rope: bool = False
+    blocks: bool = False
     rewrites: Rewrites = field(default_factory=Rewrites)
 
     @property
@@ -46,10 +53,13 @@ class Fusion(Option):
     def proofs(self) -> list[str]:
         return [pattern for name, pattern in kernels.SWITCHES.items() if getattr(self, name)]
 
+    def clashes(self, stack: "Stack") -> list[str]:
+        return blocks.clashes(self, stack) if self.blocks else []
+
     def apply(self, policy: Policy) -> None:
-        # Rewrites first: they cut plain matrices, which are merged afterwards.
-        # One matrix makes queries, keys and values, and one operation stores them: Triton's writes to two places.
-        self.rewrites.apply(policy, queries_in_room=self.qkv and not self.rope)
+        # Rewrites first: they cut plain matrices, which are merged afterwards. Where one matrix makes queries, keys and
+        # values one operation stores them; Triton's kernels write to two places.
+        self.rewrites.apply(policy, queries_in_room=self.qkv and not (self.rope or self.blocks))
         if self.qkv:
             projections.merge_qkv(policy)
         if self.gate_up:
@@ -60,3 +70,5 @@ class Fusion(Option):
             kernels.fill_activation(policy)
         if self.rope:
             kernels.fill_rope(policy)
+        if self.blocks:
+            blocks.fill_blocks(policy)

@@ -13,7 +13,12 @@ from pi0exp.model.gemma import GemmaAttention, LayerCache, Rotation, first_rows
 from pi0exp.model.layers import AdaRMSNorm, GatedMlp, LayerNorm, RMSNorm
 from pi0exp.policy import Policy
 
-SWITCHES = {"norms": r"rms_norm", "activation": r"gated_activation", "rope": r"rope_qkv"}
+SWITCHES = {
+    "norms": r"rms_norm",
+    "activation": r"gated_activation",
+    "rope": r"rope_qkv",
+    "blocks": r"stream_qkv|attend_combine",  # the latter with more rows than a stream takes
+}
 """Switch of `Fusion` -> what the names of its kernels contain."""
 
 

@@ -95,14 +95,26 @@ def plain_embed_actions(model: "Pi0", x_BCA: Tensor, time_B: Tensor) -> tuple[Te
     return model.action_time_mlp_out(F.silu(model.action_time_mlp_in(both_BCE))), None
 
 
+def plain_step(model: "Pi0", x_BCA: Tensor, moment: Tensor, context: Context) -> Tensor:
+    """The velocity: the suffix's tokens through the expert, against the cache."""
+    suffix_BTD, cond_BD = model.embed_suffix(x_BCA, moment, context.state_BA)
+    valid_BS, tokens = context.valid_BS, suffix_BTD.shape[1]
+    mask = model.mask_suffix(valid_BS, tokens, context.full, context.state_BA is not None)
+    rotation = context.rotation or model.rope(suffix_positions(valid_BS, tokens), model.precision.activations)
+    out_BTD, _ = model.expert(suffix_BTD.to(model.precision.activations), rotation, mask, context.cache, cond_BD)
+    actions_BCD = out_BTD[:, -x_BCA.shape[1] :].to(model.precision.outside)
+    velocity: Tensor = model.action_out_proj(actions_BCD)
+    return velocity
+
+
 class Pi0(nn.Module):
     """Pi0 or Pi0.5, by `config.pi05`.
 
     Slots of the model itself: `embed_images` (model, pictures) -> tokens of each; `mask_prefix` and `mask_suffix`, as
     in `mask`; `empty_cache` (model, prefix) -> what the prefill writes to, or None; `moment` (model, step, time, batch
     size) -> what the step is told of it; `embed_actions` (model, noisy actions, moment) -> tokens, condition;
-    `preparations`, each (model, context, horizon) -> context, done by `begin`; `after_first` (model, context) ->
-    context of the second and later steps.
+    `preparations`, each (model, context, horizon) -> context, done by `begin`; `step` (model, noisy actions, moment,
+    context) -> velocity; `after_first` (model, context) -> context of the second and later steps.
     """
 
     embed_images: Callable[["Pi0", list[Tensor]], list[Tensor]] = staticmethod(each_image)
@@ -112,6 +124,7 @@ class Pi0(nn.Module):
     moment: Callable[["Pi0", int, float, int], Tensor] = staticmethod(plain_moment)
     embed_actions: Callable[["Pi0", Tensor, Tensor], tuple[Tensor, Tensor | None]] = staticmethod(plain_embed_actions)
     preparations: tuple[Callable[["Pi0", Context, int], Context], ...] = ()
+    step: Callable[["Pi0", Tensor, Tensor, Context], Tensor] = staticmethod(plain_step)
     after_first: Callable[["Pi0", Context], Context] = staticmethod(same_context)
     # Where fusion.rewrites split or tabulate what a step is told of its time.
     action_half: Linear
@@ -189,14 +202,7 @@ class Pi0(nn.Module):
 
     def denoise_step(self, x_BCA: Tensor, moment: Tensor, context: Context) -> Tensor:
         """The velocity [B, C, A] at the noisy actions x and the moment (plain: the times [B])."""
-        suffix_BTD, cond_BD = self.embed_suffix(x_BCA, moment, context.state_BA)
-        valid_BS, tokens = context.valid_BS, suffix_BTD.shape[1]
-        mask = self.mask_suffix(valid_BS, tokens, context.full, context.state_BA is not None)
-        rotation = context.rotation or self.rope(suffix_positions(valid_BS, tokens), self.precision.activations)
-        out_BTD, _ = self.expert(suffix_BTD.to(self.precision.activations), rotation, mask, context.cache, cond_BD)
-        actions_BCD = out_BTD[:, -x_BCA.shape[1] :].to(self.precision.outside)
-        velocity: Tensor = self.action_out_proj(actions_BCD)
-        return velocity
+        return self.step(self, x_BCA, moment, context)
 
     def embed_suffix(self, x_BCA: Tensor, moment: Tensor, state_BA: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The suffix tokens [B, T, D], Pi0's state first if it is given, and the condition of adaptive norms."""

@@ -1,0 +1,57 @@
+"""fusion=blocks on a GPU, on models of full width with two layers a stage; `test_blocks` has what a CPU can show."""
+
+import random
+
+import pytest
+import torch
+from helpers import plain_config, tiny_observation
+
+from pi0exp import subject
+from pi0exp.policy_subject import PolicySubject
+from pi0exp.verify import SINGLE_RATIO, rel_l2
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use; this machine has none"),
+]
+
+SHALLOW = ("model.vision.depth=2", "model.paligemma.depth=2", "model.expert.depth=2", "model.vocab_size=4096")
+GROUPS, DRAWS = 20, 10
+"""Models and horizons, and observations of each: 200 draws."""
+
+
+def shallow(*words: str) -> PolicySubject:
+    made = subject.subject(plain_config(*SHALLOW, *words))
+    assert isinstance(made, PolicySubject)
+    return made
+
+
+@pytest.mark.parametrize("group", range(GROUPS))
+def test_any_observation(group: int):
+    """Cameras of each row, lengths of prompts from 0 to 200, batch 1 to 4, horizon 1 to 50: as close to the truth as
+    plain bf16, allowed REORDERED's factor, on every row."""
+    draw, device = random.Random(group), torch.device("cuda", 0)
+    horizon, model = draw.randint(1, 50), ("pi0", "pi05")[group % 2]
+    made = shallow("stack=9_blocks", f"model={model}", f"workload.horizon={horizon}", "workload.num_steps=2")
+    plain, truth = (made.plain_policy(one, device) for one in (made.precision.model, made.precision.truth))
+    policy = made.policy(device)
+    for _ in range(DRAWS):
+        batch, seed = draw.randint(1, 4), draw.randrange(2**31)
+        cameras = [[draw.random() < 0.7 for _ in range(3)] for _ in range(batch)]
+        for row in cameras:
+            row[draw.randrange(3)] = True
+        lengths = [draw.choice((0, 200, draw.randint(0, 200))) for _ in range(batch)]
+        given = tiny_observation(cameras, lengths, 200, seed, made.dimensions).to(device)
+        generator = torch.Generator(device).manual_seed(seed)
+        noise = torch.randn(batch, horizon, made.dimensions.action_dim, generator=generator, device=device)
+        found, own, exact = (one.sample_actions(given, noise) for one in (policy, plain, truth))
+        for error, base in zip(rel_l2(found, exact), rel_l2(own, exact), strict=True):
+            assert error <= SINGLE_RATIO * base, (model, horizon, cameras, lengths, seed)
+
+
+@pytest.mark.parametrize("model", ["pi0", "pi05"])
+@pytest.mark.parametrize("horizon", [10, 50])
+def test_verified(model: str, horizon: int):
+    for workload in ("default", "masked"):
+        words = ("stack=9_blocks", f"model={model}", f"workload={workload}", f"workload.horizon={horizon}")
+        assert shallow(*words).build(torch.device("cuda", 0), 8, lambda text: None).verdict.wrong == []
