@@ -12,6 +12,7 @@ Exit codes: 0 all equal and nothing leaked; 2 wrong words; 3 no GPU or a stack t
 """
 
 import argparse
+import gc
 import json
 import sys
 from pathlib import Path
@@ -30,6 +31,12 @@ from pi0exp.result import CONFIG_ERROR, Outcome
 INPUTS = 8
 
 
+def held_bytes(device: torch.device) -> int:
+    """What tensors hold, less those that only wait for Python's collector."""
+    gc.collect()
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
 def replayed(subject: PolicySubject, calls: int, device: torch.device) -> dict[str, float]:
     """What `calls` calls show."""
     policy = subject.policy(device)
@@ -37,13 +44,13 @@ def replayed(subject: PolicySubject, calls: int, device: torch.device) -> dict[s
     first = [policy.sample_actions(*item) for item in items]
     differing = torch.zeros((), dtype=torch.int64, device=device)
     largest = torch.zeros((), device=device)
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    before = held_bytes(device)
     for i in range(calls):
         actions, expected = policy.sample_actions(*items[i % INPUTS]), first[i % INPUTS]
         off = (actions - expected).abs().max()
         differing += ~(off == 0)  # a NaN differs, too
         largest = torch.maximum(largest, off)
-    more = (torch.cuda.memory_allocated(device) if device.type == "cuda" else 0) - before
+    more = held_bytes(device) - before
     # The last call's tensors are still there, and the two results.
     own = 4096 + 8 * first[0].numel() * first[0].element_size()
     return {

@@ -19,6 +19,7 @@ from pi0exp import causes, gpu_lock, interrupts
 from pi0exp.errors import UserError
 from pi0exp.machine import child_environment, this_machine
 from pi0exp.measure import PROGRESS, fingerprint
+from pi0exp.phases import Phases
 from pi0exp.result import CONFIG_ERROR, Outcome, Result
 
 LOG_LINES, LINE_BYTES = 200, 2000
@@ -39,7 +40,7 @@ def measure_isolated(
     module: str | None = None,
     on_gpu: bool = False,
 ) -> Result:
-    """The child's `Result`; a child that dies, hangs or says nothing becomes one too.
+    """The child's `Result`, with `wall_s/` where it is ok; a child that dies, hangs or says nothing becomes one too.
 
     keep: a folder that receives what the child left beside its result (the profiler's trace). module: the command that
     reads `plain` and writes a Result; None for that which measures one point. on_gpu: it gets a GPU for itself alone;
@@ -57,6 +58,7 @@ def measure_isolated(
         source, target = Path(scratch, "experiment.json"), Path(scratch, "result.json")
         source.write_text(json.dumps(plain))
         kills, module = causes.host_kills(), module or CHILD
+        phases = Phases(progress)
         guard = subprocess.Popen(
             [sys.executable, "-m", "pi0exp.guard", scratch, sys.executable, "-m", module, str(source), str(target)],
             stdin=subprocess.PIPE,  # the guard ends the child when this closes, which it also does when we die
@@ -68,7 +70,7 @@ def measure_isolated(
         )
         assert guard.stdout is not None
         log: deque[bytes] = deque(maxlen=LOG_LINES)
-        reader = threading.Thread(target=_follow, args=(guard.stdout, log, progress), daemon=True)
+        reader = threading.Thread(target=_follow, args=(guard.stdout, log, phases), daemon=True)
         reader.start()
         code = None
         try:
@@ -86,6 +88,8 @@ def measure_isolated(
         else:
             killed = kills is not None and causes.host_kills() != kills
             result = _result(code, target, text, module, host_killed=killed)
+        if result.outcome is Outcome.OK:
+            result = replace(result, metrics=result.metrics | phases.metrics())
         if gpu.uuid and not result.fingerprint:  # a child that died could not say where it was
             result = replace(result, fingerprint=fingerprint(this_machine(), gpu.uuid))
         return result

@@ -52,6 +52,15 @@ def test_rows_stand_in_the_order_of_the_sweep_and_facets_apart():
     assert [row.label for row in found[1].rows] == [*fakes.RUNGS, "fork_best"]
 
 
+def test_what_is_missing_is_said():
+    whole = [*fakes.ladder(), fakes.made("ladder", ("stack=fork_best", "workload=default"), 9.0)]
+    (complete,) = chaptered(LADDER, whole).machines
+    assert "Not measured" not in complete.answer
+    (torn,) = chaptered(LADDER, [one for one in whole if one["params"]["workload"] == "default"]).machines
+    count, first = len(fakes.RUNGS) + 1, next(iter(fakes.RUNGS))
+    assert f"Not measured: {count} of {2 * count} points (`workload=masked stack={first}`, " in torn.answer
+
+
 def test_by_latency_the_slowest_comes_first():
     by_latency = replace(LADDER, report=replace(LADDER.report, order="latency"))
     labels = [row.label for row in facets(by_latency, fakes.ladder())[0].rows]

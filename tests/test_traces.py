@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pi0exp.breakdown import break_down
 from pi0exp.errors import UserError
 from pi0exp.slices import Kind, Product
 from pi0exp.traces import product_of, read_trace
@@ -91,6 +92,18 @@ def test_kineto_trace_of_a_graph(vendor, graph):
     ]
     assert trace.ceilings is not None
     assert (trace.ceilings.flops_per_s, trace.ceilings.dtype) == (8e14, "BFloat16")
+
+
+def test_trace_recorded_on_a_gpu():
+    """Of `experiments/record_trace.py`: a graph of all stages, whose kernels and pauses are the whole span."""
+    trace = read_trace(TRACES / "kineto_nvidia-h100-80gb-hbm3_real.json.gz")
+    found = break_down(trace)
+    assert (found.calls, len(trace.slices)) == (2, 580)
+    assert found.ms["other"] == 0
+    assert min(found.ms[kind] for kind in ("gemm", "attention", "norm", "activation", "elementwise", "copy")) > 0
+    assert found.busy_ms + found.idle_share * found.span_ms == pytest.approx(found.span_ms, rel=0.02)
+    assert set(found.stage_ms) >= {"vision", "prefill", "denoise"}
+    assert any(row.product.k == 2048 for row in found.products)
 
 
 def test_kineto_trace_of_launches():

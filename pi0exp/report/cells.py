@@ -60,7 +60,13 @@ def title(metric: str) -> str:
     if metric in _TITLES:
         return _TITLES[metric]
     group, _, name = metric.partition("/")
-    for start, end in (("kernels_ms", ""), ("kernels_share", ""), ("stage_ms", ""), ("startup_s", " s")):
+    for start, end in (
+        ("kernels_ms", ""),
+        ("kernels_share", ""),
+        ("stage_ms", ""),
+        ("startup_s", " s"),
+        ("wall_s", " s"),
+    ):
         if group.startswith(start):
             return f"{group.removeprefix(start).strip('_')} {name}".strip() + end
     return metric

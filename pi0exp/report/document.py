@@ -9,10 +9,13 @@ from pi0exp.report.answers import answer
 from pi0exp.report.cells import Column, cases, columns
 from pi0exp.report.plots import Plot, plots
 from pi0exp.report.published import Figure, Judged
-from pi0exp.report.rows import OPTIONS, PLAIN, Facet, Row, facets
+from pi0exp.report.rows import OPTIONS, PLAIN, Facet, Row, facets, missing
 from pi0exp.report.sources import Measured
 from pi0exp.report.study import Study
 from pi0exp.track import Record
+
+MOST_NAMED = 6
+"""Points that are missing, by name."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,20 @@ def machine(study: Study, slug: str, records: Sequence[Record]) -> Machine:
         gpu=str(prints[0].get("gpu", slug)),
         about=about,
         date=max(str(one.get("date", "")) for one in prints),
-        answer=answer(study.report, found),
+        answer=" ".join(filter(None, [answer(study.report, found), incomplete(missing(study, kept), study)])),
         facets=tuple(found),
         tables=(*(table(study, facet) for facet in found), *parts(found)),
         plots=tuple(plots(study.report, found)),
     )
+
+
+def incomplete(points: Sequence[str], study: Study) -> str:
+    """What of the study was not measured there; "" for nothing."""
+    if not points:
+        return ""
+    named = ", ".join(f"`{point}`" for point in points[:MOST_NAMED])
+    more = f" and {len(points) - MOST_NAMED} more" if len(points) > MOST_NAMED else ""
+    return f"Not measured: {len(points)} of {len(study.planned)} points ({named}{more})."
 
 
 def _some(calls: list[int]) -> str:

@@ -172,6 +172,17 @@ def _place(planned: Sequence[dict[str, str]], params: dict[str, str]) -> int:
     return found
 
 
+def missing(study: "Study", records: Iterable[Record]) -> list[str]:
+    """The planned points that none of the records is, each by the words that tell it."""
+    there = {_place(study.planned, record["params"]) for record in records}
+    alone = len({name for words in study.planned for name in words}) == 1
+    return [
+        " ".join(value if alone else f"{name}={value}" for name, value in words.items())
+        for i, words in enumerate(study.planned)
+        if i not in there
+    ]
+
+
 def shown(record: Record, name: str, varied: Container[str] = ()) -> str:
     """The value of a parameter for a reader; "-" where the point has none.
 
