@@ -39,7 +39,7 @@ def check(uri: str) -> None:
     assert {run.data.metrics["latency_ms/p50"] for run in found} == {1.0}
 
 
-@pytest.mark.services
+@pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_sqlite_takes_eight_writers(tmp_path):
     done = write(tmp_path / "tmp", f"track.root={tmp_path}/mlruns")
@@ -48,7 +48,7 @@ def test_sqlite_takes_eight_writers(tmp_path):
     check(f"sqlite:///{tmp_path}/mlruns/mlflow.db")
 
 
-@pytest.mark.services
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.skipif(bool(lacking()), reason=lacking() or "there is one")
 def test_postgresql_takes_eight_writers(tmp_path):
