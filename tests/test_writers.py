@@ -34,7 +34,7 @@ def check(uri: str) -> None:
     found = client.search_runs([experiment.experiment_id], max_results=5000)
     assert Counter(run.data.tags["outcome"] for run in found) == {"ok": POINTS}
     assert {run.info.status for run in found} == {"FINISHED"}
-    assert {run.data.params["subject.fault"] for run in found} == {f"toy{number}" for number in range(POINTS)}
+    assert {run.data.params["workload.seed"] for run in found} == {str(number) for number in range(POINTS)}
     assert len({run.data.tags["key"] for run in found}) == len(found) == POINTS
     assert {run.data.metrics["latency_ms/p50"] for run in found} == {1.0}
 
