@@ -59,6 +59,6 @@ lint: $(READY) ## Format, lint and types, as CI checks them
 report: $(READY) ## build/report/index.html: every study, its answer, tables and plots, beside published figures
 	@$(RUN) -m pi0exp.report --html build/report
 
+# MLflow's workers for jobs of language models would take most of a core, and disturb what is measured meanwhile.
 ui: $(READY) ## Compare runs in MLflow, http://127.0.0.1:5000
-	@# MLflow's workers for jobs of language models would take most of a core, and disturb what is measured meanwhile.
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(RUN) -m mlflow ui --workers 1 --backend-store-uri sqlite:///mlruns/mlflow.db

@@ -1,7 +1,8 @@
 """Eight processes write 200 points into one store:  python many_writers.py STUDY WORD...
 
-Each has 25 points of the tiny model, told apart by their seed, in one study, and was forked when everything was imported. Nothing is measured: the result is there
-at once, so that they do nothing but write. WORDs name the store. Ends with the largest exit code.
+Each has 25 points of the tiny model, told apart by their seed, in one study, and was forked when everything was
+imported. Nothing is measured: the result is there at once, so that they do nothing but write. WORDs name the store.
+Ends with the largest exit code.
 """
 
 import os
@@ -35,9 +36,7 @@ def main(study: str, store: list[str]) -> int:
         if (pid := os.fork()) == 0:
             code = 1
             try:
-                points = [
-                    plain | {"workload": plain["workload"] | {"seed": writer * EACH + i}} for i in range(EACH)
-                ]
+                points = [plain | {"workload": plain["workload"] | {"seed": writer * EACH + i}} for i in range(EACH)]
                 code = max(point.measure_point(one)["exit_code"] for one in points)
             except BaseException:
                 traceback.print_exc()
