@@ -53,6 +53,7 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         whole = profile(instance, 2, NOMINAL, Path(scratch, TRACE))
         found = json.loads(gzip.decompress(Path(scratch, TRACE).read_bytes()), strict=False)
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(gzip.compress(json.dumps(slim(found)).encode(), mtime=0))
     kept = read_trace(target)
     print(text(break_down(kept), 10))

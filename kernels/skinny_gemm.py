@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from pi0exp.kernels.ahead import ask
 from pi0exp.kernels.gemm_cases import case, chain, counted, skinny_cublas, skinny_reference, small_cases
 from pi0exp.kernels.gemm_epilogue import arch_of, checked, finish, read
 from pi0exp.kernels.kernel import INTERPRETED, AheadOfTime, Kernel, launchable, require
@@ -50,7 +51,7 @@ def multiply(w, x, acc, GROUPS: tl.constexpr, X_LEFT: tl.constexpr, UPCAST: tl.c
 
 @triton.jit
 def summed(
-    x_ptr, weight_ptr, parts_ptr, counters_ptr, row_R, M, K, stride_m,
+    x_ptr, weight_ptr, parts_ptr, counters_ptr, ahead_ptr, ahead_pieces, row_R, M, K, stride_m,
     R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr, SPLITS: tl.constexpr,
     GROUPS: tl.constexpr, HELD: tl.constexpr, X_LEFT: tl.constexpr, PDL: tl.constexpr,
     EVEN_K: tl.constexpr, UPCAST: tl.constexpr,
@@ -58,7 +59,7 @@ def summed(
     """x w^T of all rows of x and the rows `row_R` of the weight: [BM, R], and whether this program has it.
 
     Grid (tiles of the weight, SPLITS): a program sums STEPS chunks of GROUPS x BK of K, and the one that is through
-    last adds what the others of its tile have left, in the order of K.
+    last adds what the others of its tile have left, in the order of K. ahead: see `ahead`; None for nothing.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -83,12 +84,16 @@ def summed(
         for step in tl.static_range(STEPS):
             at = begin + step * CHUNK
             held = held + (read(weight_ptr + at + w_at, k, K - at, EVEN_K),)  # noqa: RUF005
+        if ahead_ptr is not None:
+            ask(ahead_ptr, ahead_pieces)
         if PDL:
             tl.extra.cuda.gdc_wait()
         for step in tl.static_range(STEPS):
             at = begin + step * CHUNK
             acc = multiply(held[step], read(x_ptr + at + x_at, k, K - at, EVEN_K), acc, GROUPS, X_LEFT, UPCAST)
     else:
+        if ahead_ptr is not None:
+            ask(ahead_ptr, ahead_pieces)
         if PDL:
             tl.extra.cuda.gdc_wait()
         for step in range(STEPS):
@@ -139,7 +144,7 @@ def skinny_gemm_kernel(
     # Rows past the end read row 0 again: no mask here, and `finish` stores none of them.
     row_R = tl.where(n_R < N, n_R, 0) + (r_R // BN) * N
     acc, last = summed(
-        x_ptr, weight_ptr, parts_ptr, counters_ptr, row_R, M, K, stride_m,
+        x_ptr, weight_ptr, parts_ptr, counters_ptr, None, 0, row_R, M, K, stride_m,
         R, BM, BK, STEPS, SPLITS, GROUPS, HELD, X_LEFT, PDL, EVEN_K, UPCAST,
     )  # fmt: skip
     if last:

@@ -14,6 +14,7 @@ A layer is then five launches: `stream_qkv`, `stream_attention`, `stream_residua
 with `stream_begin` before the first layer and `stream_end` behind the last. All follow `skinny_gemm`: weights are read
 before waiting for the kernel in front, split sums are added in the order of K by the program that comes last, so equal
 inputs give equal bits. Weights, scales, offsets and tables of cosines must have been complete before the chain began.
+Each launch may also ask for the weight of a later one, `ahead` (see there); that changes no value.
 
 Shapes: B batch, T tokens, M = B T rows, D width of the residual stream, K width in, C rows of a weight, P groups
 of columns (of `squares`), R rows of a tile of the weight; in a kernel M is the padded number of rows.
@@ -26,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pi0exp.kernels.ahead import pieces_of
 from pi0exp.kernels.gemm_epilogue import DTYPES, arch_of
 from pi0exp.kernels.kernel import INTERPRETED, AheadOfTime, launchable, random, require
 from pi0exp.kernels.skinny_gemm import COUNTERS, MAX_ROWS, Launch, padded
@@ -93,9 +95,16 @@ def dependent(x: Tensor, pdl: bool) -> bool:
     return pdl and type(x) is Tensor and arch_of(x.device) == "sm_90"
 
 
+def asked(ahead: Tensor | None, pdl: bool) -> dict[str, Any]:
+    """The arguments of a kernel that say which weight it asks for; none but in dependent launches."""
+    wanted = ahead if pdl else None
+    return {"ahead_ptr": wanted, "ahead_pieces": pieces_of(wanted)}
+
+
 def launch_stream(
-    kernel: Any, launch: Launch, x_MK: Tensor, weight_CK: Tensor, counters: Tensor, tiles: int, rows: int, **own: Any
-) -> None:
+    kernel: Any, launch: Launch, x_MK: Tensor, weight_CK: Tensor, counters: Tensor, ahead: Tensor | None, tiles: int,
+    rows: int, **own: Any,
+) -> None:  # fmt: skip
     """Run a kernel that begins with `skinny_gemm.summed`, `rows` rows of the weight a tile."""
     M, K = x_MK.shape
     check_counters(counters, tiles)
@@ -104,7 +113,7 @@ def launch_stream(
         parts = x_MK.new_empty((tiles, launch.SPLITS, padded(M), rows), dtype=torch.float32)
     pdl = dependent(x_MK, launch.pdl)
     launchable(kernel)[(tiles, launch.SPLITS)](
-        x_ptr=x_MK, weight_ptr=weight_CK, parts_ptr=parts, counters_ptr=counters, M=M, K=K, **own,
+        x_ptr=x_MK, weight_ptr=weight_CK, parts_ptr=parts, counters_ptr=counters, **asked(ahead, pdl), M=M, K=K, **own,
         **launch.constants(K), BM=padded(M), PDL=pdl, UPCAST=INTERPRETED,
         num_warps=launch.num_warps, num_stages=launch.num_stages, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
@@ -127,8 +136,9 @@ def compiled_stream(
 ) -> AheadOfTime:
     """A compile of a kernel that `launch_stream` runs; one with dependent launch is for NVIDIA only."""
     given = dict.fromkeys(("x_ptr", "weight_ptr"), "*bf16:16") | {"parts_ptr": "*fp32:16", "counters_ptr": "*i32:16"}
-    given |= {"M": "i32", "K": "i32:16"} | types
-    fixed = launch.constants(K) | {"BM": padded(rows), "PDL": False, "UPCAST": False} | constants
+    given |= {"ahead_ptr": "*bf16:16", "ahead_pieces": "i32", "M": "i32", "K": "i32:16"} | types
+    fixed: dict[str, Any] = launch.constants(K) | {"BM": padded(rows), "PDL": False, "UPCAST": False} | constants
+    fixed |= {} if fixed["PDL"] else {"ahead_ptr": None}
     kinds = {argument: kind for argument, kind in given.items() if argument not in fixed}
     targets = ("sm_90",) if fixed["PDL"] else ("gfx942", "gfx950", "sm_90")
     return AheadOfTime(

@@ -20,12 +20,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from pi0exp.kernels.ahead import ask
 from pi0exp.kernels.attention import HIDDEN, attend_reference
 from pi0exp.kernels.attention_cases import GEMMA, Heads, attention_case
 from pi0exp.kernels.attention_launch import check_arguments
 from pi0exp.kernels.kernel import INTERPRETED, AheadOfTime, Case, Kernel, launchable, require
 from pi0exp.kernels.skinny_gemm import Launch
-from pi0exp.kernels.stream import check_counters, counters_on, dependent
+from pi0exp.kernels.stream import asked, check_counters, counters_on, dependent
 from pi0exp.kernels.stream_launch import OTHER_ATTENTION, START, Attend, attention_launch
 
 TOGETHER = 4
@@ -34,7 +35,7 @@ TOGETHER = 4
 
 def stream_attention_reference(
     q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, keys_BS: Tensor | None, blind: bool, scale: float, settled: int,
-    counters: Tensor,
+    counters: Tensor, ahead: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`attend_reference`; what is settled changes nothing."""
     return attend_reference(q_BTNH, k_BSKH, v_BSKH, keys_BS, blind, scale)
@@ -42,7 +43,7 @@ def stream_attention_reference(
 
 @triton.jit
 def stream_attention_kernel(
-    q_ptr, k_ptr, v_ptr, keys_ptr, out_ptr, acc_ptr, stats_ptr, counters_ptr,
+    q_ptr, k_ptr, v_ptr, keys_ptr, out_ptr, acc_ptr, stats_ptr, counters_ptr, ahead_ptr, ahead_pieces,
     k_b, k_s, k_k, v_b, v_s, v_k, keys_b, keys_s, T, S, parts, settled, scale,
     GROUP: tl.constexpr, HEADS_KV: tl.constexpr, H: tl.constexpr, HEAD: tl.constexpr, COLUMNS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PADDED: tl.constexpr, TOGETHER: tl.constexpr, HELD: tl.constexpr,
@@ -67,6 +68,8 @@ def stream_attention_kernel(
         early = (key < settled)[:, None]
         k = tl.load(k_rows[:, None] + h[None, :], mask=early & (h < H)[None, :], other=0.0)
         v = tl.load(v_rows[:, None] + c[None, :], mask=early & (c < H)[None, :], other=0.0)
+    if ahead_ptr is not None:
+        ask(ahead_ptr, ahead_pieces)
     if PDL:
         tl.extra.cuda.gdc_wait()
     if HELD:
@@ -132,11 +135,12 @@ def stream_attention_kernel(
 @triton_op("pi0exp::stream_attention", mutates_args=("counters",))
 def stream_attention(
     q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, keys_BS: Tensor | None, blind: bool, scale: float, settled: int,
-    counters: Tensor,
+    counters: Tensor, ahead: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The same as `attend_dense`, with the same arguments and errors, for few rows; q contiguous.
 
-    settled: so many keys were complete before the chain of kernels began. counters: as in `skinny_gemm`.
+    settled: so many keys were complete before the chain of kernels began. counters: as in `skinny_gemm`. ahead: as in
+    `stream`.
     """
     check_arguments(q_BTNH, k_BSKH, v_BSKH, keys_BS)
     require(q_BTNH.is_contiguous(), "q must be contiguous")
@@ -153,7 +157,8 @@ def stream_attention(
     pdl = dependent(q_BTNH, launch.pdl)
     launchable(stream_attention_kernel)[(tiles, parts * launch.COLUMNS, B * K)](
         q_ptr=q_BTNH, k_ptr=k_BSKH, v_ptr=v_BSKH, keys_ptr=keys, out_ptr=out_BTNH, acc_ptr=acc, stats_ptr=stats,
-        counters_ptr=counters, k_b=k_BSKH.stride(0), k_s=k_BSKH.stride(1), k_k=k_BSKH.stride(2), v_b=v_BSKH.stride(0),
+        counters_ptr=counters, **asked(ahead, pdl),
+        k_b=k_BSKH.stride(0), k_s=k_BSKH.stride(1), k_k=k_BSKH.stride(2), v_b=v_BSKH.stride(0),
         v_s=v_BSKH.stride(1), v_k=v_BSKH.stride(2), keys_b=keys.stride(0), keys_s=keys.stride(1), T=T, S=S, parts=parts,
         settled=settled, scale=scale, GROUP=N // K, HEADS_KV=K, H=H, HEAD=head, COLUMNS=launch.COLUMNS, BM=launch.BM,
         BN=launch.BN, PADDED=triton.next_power_of_2(parts), TOGETHER=TOGETHER, HELD=launch.HELD,
@@ -182,11 +187,14 @@ def _ahead(name: str, launch: Launch | Attend, **constants: Any) -> AheadOfTime:
     types |= {"acc_ptr": "*fp32:16", "stats_ptr": "*fp32:16", "counters_ptr": "*i32:16", "scale": "fp32"}
     types |= dict.fromkeys(("k_b", "k_s", "k_k", "v_b", "v_s", "v_k"), "i32:16")
     types |= dict.fromkeys(("keys_b", "keys_s", "T", "S", "parts", "settled"), "i32")
-    fixed = {
+    fixed: dict[str, Any] = {
         "GROUP": 8, "HEADS_KV": 1, "H": 256, "HEAD": 256, "COLUMNS": launch.COLUMNS, "BM": launch.BM, "BN": launch.BN,
         "PADDED": triton.next_power_of_2(triton.cdiv(839, launch.BN)), "HELD": launch.HELD, "MASKED": True,
         "TOGETHER": TOGETHER, "BLIND": True, "HIDDEN": HIDDEN, "PDL": False, "UPCAST": False,
     } | constants  # fmt: skip
+    fixed |= {} if fixed["PDL"] else {"ahead_ptr": None}
+    types |= {"ahead_ptr": "*bf16:16", "ahead_pieces": "i32"}
+    types = {name: kind for name, kind in types.items() if name not in fixed}
     targets = ("sm_90",) if fixed["PDL"] else ("gfx942", "gfx950", "sm_90")
     return AheadOfTime(name, stream_attention_kernel, types, fixed, launch.num_warps, 1, dots=True, targets=targets)
 

@@ -35,7 +35,13 @@ from pi0exp.kernels.stream_launch import START, product_launch
 
 
 def stream_gated_reference(
-    xs_BTD: Tensor, squares_PM: Tensor, weight_CD: Tensor, offset_C: Tensor | None, eps: float, counters: Tensor
+    xs_BTD: Tensor,
+    squares_PM: Tensor,
+    weight_CD: Tensor,
+    offset_C: Tensor | None,
+    eps: float,
+    counters: Tensor,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """The maths above: [B, T, F]."""
     B, T, D = xs_BTD.shape
@@ -47,7 +53,7 @@ def stream_gated_reference(
 
 @triton.jit
 def stream_gated_kernel(
-    x_ptr, weight_ptr, parts_ptr, counters_ptr, squares_ptr, offset_ptr, y_ptr, M, K, N, eps,
+    x_ptr, weight_ptr, parts_ptr, counters_ptr, ahead_ptr, ahead_pieces, squares_ptr, offset_ptr, y_ptr, M, K, N, eps,
     TILES: tl.constexpr, PADDED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr, SPLITS: tl.constexpr,
     GROUPS: tl.constexpr, HELD: tl.constexpr, X_LEFT: tl.constexpr, PDL: tl.constexpr, EVEN_K: tl.constexpr,
@@ -60,7 +66,7 @@ def stream_gated_kernel(
     # Columns past the end read column 0 again; they are not stored.
     row_R = tl.where(n_R < N, n_R, 0) + (r_R // BN) * N
     acc, last = summed(
-        x_ptr, weight_ptr, parts_ptr, counters_ptr, row_R, M, K, K,
+        x_ptr, weight_ptr, parts_ptr, counters_ptr, ahead_ptr, ahead_pieces, row_R, M, K, K,
         2 * BN, BM, BK, STEPS, SPLITS, GROUPS, HELD, X_LEFT, PDL, EVEN_K, UPCAST,
     )  # fmt: skip
     if last:
@@ -79,12 +85,19 @@ def stream_gated_kernel(
 
 @triton_op("pi0exp::stream_gated", mutates_args=("counters",))
 def stream_gated(
-    xs_BTD: Tensor, squares_PM: Tensor, weight_CD: Tensor, offset_C: Tensor | None, eps: float, counters: Tensor
+    xs_BTD: Tensor,
+    squares_PM: Tensor,
+    weight_CD: Tensor,
+    offset_C: Tensor | None,
+    eps: float,
+    counters: Tensor,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """gelu(gate) * up, [B, T, F].
 
     xs: [B, T, D] and squares: float32 [P, B T], of `stream_residual`. weight: [2 F, D] of xs's dtype. offset: float32
-    [2 F] or None. counters: as in `skinny_gemm`. At most 64 rows. Raises ValueError.
+    [2 F] or None. counters: as in `skinny_gemm`. ahead: as in `stream`.
+    At most 64 rows. Raises ValueError.
     """
     x_MK = rows_of(xs_BTD, weight_CD)
     B, T, _ = xs_BTD.shape
@@ -95,7 +108,7 @@ def stream_gated(
     launch = product_launch("stream_gated", B * T, weight_CD)
     y_BTF = xs_BTD.new_empty((B, T, C // 2))
     launch_stream(
-        stream_gated_kernel, launch, x_MK, weight_CD, counters, triton.cdiv(C // 2, launch.BN), 2 * launch.BN,
+        stream_gated_kernel, launch, x_MK, weight_CD, counters, ahead, triton.cdiv(C // 2, launch.BN), 2 * launch.BN,
         squares_ptr=squares_PM, offset_ptr=offset_C, y_ptr=y_BTF, N=C // 2, eps=eps, TILES=squares_PM.shape[0],
         PADDED=triton.next_power_of_2(squares_PM.shape[0]),
     )  # fmt: skip

@@ -47,6 +47,7 @@ def stream_qkv_reference(
     start: int,
     eps: float,
     counters: Tensor,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """The maths above: queries [B, T, N, H]; keys and values stand in the rooms."""
     (B, T, D), (K, H) = xs_BTD.shape, room_k_BSKH.shape[2:]
@@ -61,8 +62,8 @@ def stream_qkv_reference(
 
 @triton.jit
 def stream_qkv_kernel(
-    x_ptr, weight_ptr, parts_ptr, counters_ptr, squares_ptr, offset_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr,
-    M, K, T, start, eps, cos_B, cos_T, sin_B, sin_T, k_B, k_S, k_K, v_B, v_S, v_K,
+    x_ptr, weight_ptr, parts_ptr, counters_ptr, ahead_ptr, ahead_pieces, squares_ptr, offset_ptr, cos_ptr, sin_ptr,
+    q_ptr, k_ptr, v_ptr, M, K, T, start, eps, cos_B, cos_T, sin_B, sin_T, k_B, k_S, k_K, v_B, v_S, v_K,
     HEADS: tl.constexpr, HEADS_KV: tl.constexpr, HALF: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr, SPLITS: tl.constexpr,
     GROUPS: tl.constexpr, HELD: tl.constexpr, X_LEFT: tl.constexpr, PDL: tl.constexpr, EVEN_K: tl.constexpr,
@@ -78,7 +79,7 @@ def stream_qkv_kernel(
     # Pairs past the end read pair 0 again; they are not stored.
     row_R = head * 2 * HALF + tl.where(of_R < HALF, of_R, 0) + (r_R // PAIRS) * HALF
     acc, last = summed(
-        x_ptr, weight_ptr, parts_ptr, counters_ptr, row_R, M, K, K,
+        x_ptr, weight_ptr, parts_ptr, counters_ptr, ahead_ptr, ahead_pieces, row_R, M, K, K,
         BN, BM, BK, STEPS, SPLITS, GROUPS, HELD, X_LEFT, PDL, EVEN_K, UPCAST,
     )  # fmt: skip
     if last:
@@ -125,12 +126,14 @@ def stream_qkv(
     start: int,
     eps: float,
     counters: Tensor,
+    ahead: Tensor | None = None,
 ) -> Tensor:
     """Queries [B, T, N, H], contiguous; keys and values go to rows start to start + T of the rooms.
 
     xs: [B, T, D] and squares: float32 [P, B T], of `stream_begin` or `stream_residual`. weight: [(N + 2 K) H, D] of
     xs's dtype. offset: float32 [(N + 2 K) H] or None. cos, sin: [B or 1, T, 1, H], any dtype, both halves alike. rooms:
-    [B, S, K, H], values of a head adjacent. counters: as in `skinny_gemm`. At most 64 rows. Raises ValueError.
+    [B, S, K, H], values of a head adjacent. counters: as in `skinny_gemm`. ahead: as in
+    `stream`. At most 64 rows. Raises ValueError.
     """
     x_MK = rows_of(xs_BTD, weight_CD)
     (B, T, _), (S, K, H) = xs_BTD.shape, room_k_BSKH.shape[1:]
@@ -149,7 +152,7 @@ def stream_qkv(
     q_BTNH = xs_BTD.new_empty((B, T, C // H - 2 * K, H))
     tiles = (C // H) * triton.cdiv(H // 2, launch.BN // 2)
     launch_stream(
-        stream_qkv_kernel, launch, x_MK, weight_CD, counters, tiles, launch.BN,
+        stream_qkv_kernel, launch, x_MK, weight_CD, counters, ahead, tiles, launch.BN,
         squares_ptr=squares_PM, offset_ptr=offset_C, cos_ptr=cos_BT1H, sin_ptr=sin_BT1H, q_ptr=q_BTNH,
         k_ptr=room_k_BSKH, v_ptr=room_v_BSKH, T=T, start=start, eps=eps,
         **_strides("cos", cos_BT1H), **_strides("sin", sin_BT1H),

@@ -30,7 +30,13 @@ def squares_reference(x_BTD: Tensor, width: int) -> Tensor:
 
 
 def stream_residual_reference(
-    h_BTK: Tensor, weight_DK: Tensor, x_BTD: Tensor, gate_D: Tensor | None, scale_D: Tensor, counters: Tensor
+    h_BTK: Tensor,
+    weight_DK: Tensor,
+    x_BTD: Tensor,
+    gate_D: Tensor | None,
+    scale_D: Tensor,
+    counters: Tensor,
+    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The maths above: x', xs, squares."""
     dtype = wide(h_BTK, gate_D)
@@ -44,8 +50,8 @@ def stream_residual_reference(
 
 @triton.jit
 def stream_residual_kernel(
-    x_ptr, weight_ptr, parts_ptr, counters_ptr, residual_ptr, gate_ptr, scale_ptr, sum_ptr, xs_ptr, squares_ptr,
-    M, K, N, SQUARES: tl.constexpr,
+    x_ptr, weight_ptr, parts_ptr, counters_ptr, ahead_ptr, ahead_pieces, residual_ptr, gate_ptr, scale_ptr,
+    sum_ptr, xs_ptr, squares_ptr, M, K, N, SQUARES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr, SPLITS: tl.constexpr,
     GROUPS: tl.constexpr, HELD: tl.constexpr, X_LEFT: tl.constexpr, PDL: tl.constexpr, EVEN_K: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -55,7 +61,7 @@ def stream_residual_kernel(
     n_N = first + tl.arange(0, BN)
     # Columns past the end read column 0 again; they count as zeros.
     acc, last = summed(
-        x_ptr, weight_ptr, parts_ptr, counters_ptr, tl.where(n_N < N, n_N, 0), M, K, K,
+        x_ptr, weight_ptr, parts_ptr, counters_ptr, ahead_ptr, ahead_pieces, tl.where(n_N < N, n_N, 0), M, K, K,
         BN, BM, BK, STEPS, SPLITS, GROUPS, HELD, X_LEFT, PDL, EVEN_K, UPCAST,
     )  # fmt: skip
     if last:
@@ -80,12 +86,19 @@ def stream_residual_kernel(
 
 @triton_op("pi0exp::stream_residual", mutates_args=("counters",))
 def stream_residual(
-    h_BTK: Tensor, weight_DK: Tensor, x_BTD: Tensor, gate_D: Tensor | None, scale_D: Tensor, counters: Tensor
+    h_BTK: Tensor,
+    weight_DK: Tensor,
+    x_BTD: Tensor,
+    gate_D: Tensor | None,
+    scale_D: Tensor,
+    counters: Tensor,
+    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x' and xs, [B, T, D] of x's dtype, and squares, float32 [P, B T].
 
     h: [B, T, K]; weight: [D, K]; x: [B, T, D], all of one dtype. gate: [D] or None; scale: [D]; any floating dtype.
-    counters: as in `skinny_gemm`. At most 64 rows. Raises ValueError.
+    counters: as in `skinny_gemm`. ahead: as in `stream`.
+    At most 64 rows. Raises ValueError.
     """
     h_MK = rows_of(h_BTK, weight_DK)
     (B, T, _), (D, _) = h_BTK.shape, weight_DK.shape
@@ -99,7 +112,7 @@ def stream_residual(
     require(launch.BN % SQUARES == 0, f"a tile of {launch.BN} columns is no multiple of {SQUARES}")
     squares_PM = x_BTD.new_empty((triton.cdiv(D, SQUARES), B * T), dtype=torch.float32)
     launch_stream(
-        stream_residual_kernel, launch, h_MK, weight_DK, counters, tiles, launch.BN,
+        stream_residual_kernel, launch, h_MK, weight_DK, counters, ahead, tiles, launch.BN,
         residual_ptr=x_BTD, gate_ptr=gate_D, scale_ptr=scale_D, sum_ptr=sum_BTD, xs_ptr=xs_BTD, squares_ptr=squares_PM,
         N=D, SQUARES=SQUARES,
     )  # fmt: skip

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from pi0exp.fusion.fusion import Fusion
 
 NAME = "fusion.blocks"
+FEW_ROWS = 16
+"""Rows up to which launches ask for later weights: with more, the launches read without holding, and asking only takes
+their bandwidth (experiments/speed.md)."""
 
 
 # ---- what it needs, and what it fills
@@ -135,7 +138,8 @@ class Stream:
         settled = context.cache[0].k_BSKH.shape[1] - model.config.suffix_prelude
         rows = Rows(*stream_begin(tokens_BTD.contiguous(), norms.scales[0], blocks[0].attention.qkv.weight))
         for i, block in enumerate(blocks):
-            rows = self.layer(block, 2 * i, rows, norms, rotation, mask, context.cache[i], settled)
+            following = blocks[(i + 1) % len(blocks)] if count <= FEW_ROWS else None
+            rows = self.layer(block, 2 * i, rows, norms, rotation, mask, context.cache[i], settled, following)
         out = model.action_out_proj
         velocity: Tensor = stream_end(
             rows.xs, rows.squares, norms.shift, out.weight, out.bias, C, model.config.norm_eps
@@ -146,9 +150,11 @@ class Stream:
 
     def layer(
         self, block: GemmaBlock, first: int, rows: Rows, norms: Norms, rotation: Rotation, mask: Mask,
-        cache: LayerCache, settled: int,
+        cache: LayerCache, settled: int, following: GemmaBlock | None,
     ) -> Rows:  # fmt: skip
-        """Five launches. first: the number of the layer's first norm."""
+        """Five launches. first: the number of the layer's first norm; following: the block after it, or None for
+        launches that ask for nothing ahead.
+        """
         from pi0exp.kernels.stream_attention import stream_attention
         from pi0exp.kernels.stream_gated import stream_gated
         from pi0exp.kernels.stream_qkv import stream_qkv
@@ -164,19 +170,21 @@ class Stream:
 
         q_BTNH = stream_qkv(
             rows.xs, rows.squares, attention.qkv.weight, norms.offsets[first], *rotation, room_k, room_v, start, eps,
-            counters,
+            counters, None if following is None else mlp.gate_up.weight,
         )  # fmt: skip
         mixed_BTNH = stream_attention(
-            q_BTNH, room_k[:, :seen], room_v[:, :seen], keys_BS, mask.blind, attention.scale, settled, counters
+            q_BTNH, room_k[:, :seen], room_v[:, :seen], keys_BS, mask.blind, attention.scale, settled, counters,
+            None if following is None else attention.out.weight,
         )  # fmt: skip
         rows = Rows(
             *stream_residual(
                 mixed_BTNH.flatten(2), attention.out.weight, rows.x, norms.gates[first], norms.scales[first + 1],
-                counters,
+                counters, None if following is None else mlp.down.weight,
             )
         )  # fmt: skip
         hidden_BTF = stream_gated(
-            rows.xs, rows.squares, mlp.gate_up.weight, norms.offsets[first + 1], eps, counters
+            rows.xs, rows.squares, mlp.gate_up.weight, norms.offsets[first + 1], eps, counters,
+            None if following is None else following.attention.qkv.weight,
         )  # fmt: skip
         return Rows(
             *stream_residual(

@@ -120,7 +120,7 @@ class KernelSubject:
                 self.kernel.op(*arguments[index % len(arguments)])
 
         graphs = [captured(each, [(index,)], 1, device) for index in range(inputs)]
-        return KernelInstance(self, verdict, device, graphs)
+        return KernelInstance(self, verdict, device, graphs, given)
 
     def verdict(self, device: torch.device) -> Verdict:
         """The op on every case of the policy against the reference in float64, by the rule of the kernels."""
@@ -139,12 +139,13 @@ class KernelSubject:
 
 @dataclass
 class KernelInstance:
-    """A checked op. graphs: one for each input, the op on every case."""
+    """A checked op. graphs: one for each input, the op on every case; given: its arguments, which they do not keep."""
 
     subject: KernelSubject
     verdict: Verdict
     device: torch.device
     graphs: list[Any] = field(default_factory=list)
+    given: list[list[tuple[Any, ...]]] = field(default_factory=list)
     applied: dict[str, list[str]] = field(default_factory=dict)
     startup_s: dict[str, float] = field(default_factory=dict)
     samples_per_call: int = 1
