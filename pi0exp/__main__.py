@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from pi0exp import compose, interrupts, machine, outcomes
+from pi0exp import collection, compose, interrupts, machine, outcomes
 from pi0exp.errors import UserError
 from pi0exp.result import CONFIG_ERROR, Outcome
 
@@ -39,7 +39,8 @@ def job(cfg: DictConfig) -> dict[str, Any]:
 
 def point(plain: dict[str, Any]) -> dict[str, Any]:
     """Measure or explain it."""
-    from pi0exp import config
+    with collection.paused():
+        from pi0exp import config  # and with it PyTorch
 
     if config.measure(plain).explain:
         from pi0exp.explain import explain_point
@@ -74,7 +75,7 @@ def main() -> None:
             raise
         code = refused(error)
     except KeyboardInterrupt as error:
-        print(f"pi0exp: interrupted by {error or 'Ctrl-C'}", file=sys.stderr)
+        print(f"pi0exp: interrupted by {interrupts.cause(error)}", file=sys.stderr)
         code = Outcome.INTERRUPTED.exit_code
     sys.exit(code)
 

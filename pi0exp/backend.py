@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from pi0exp import collection
 from pi0exp.errors import UserError
 from pi0exp.machine import quiet_mlflow
 
@@ -39,7 +40,9 @@ ROOM_BYTES = 1 << 20
 def import_mlflow() -> None:
     """Import MLflow without its messages, its progress bars and its reports to its makers."""
     quiet_mlflow()
-    import mlflow  # noqa: F401  (sets up its loggers, which are quietened here)
+    collection.skip_at_exit()
+    with collection.paused():
+        import mlflow  # noqa: F401  (sets up its loggers, which are quietened here)
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -49,7 +52,8 @@ def import_mlflow() -> None:
 
 def reach(url: "URL") -> None:
     """Raise OSError where no server answers; MLflow would first repeat its request for four minutes."""
-    unverified = ssl.create_default_context()  # whom to trust is for MLflow to decide
+    # Whom to trust is for MLflow to decide; the system's certificates would take longer to read than all else here.
+    unverified = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
     address = url._replace(username=None, password=None).render_as_string()
     try:
@@ -88,6 +92,9 @@ def prepare(url: "URL", root: Path | None) -> Path:
 
     root: where the files of runs go; None for the folder of the database.
     """
+    with collection.paused():
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401  (the client would import it later)
+
     database = url.database or ""
     if url.query.get("uri"):  # SQLite's own form, with an encoding of its own
         database = urllib.parse.unquote(database.removeprefix("file:"))

@@ -237,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"pi0exp: {' '.join(str(error).split())}", file=sys.stderr)
         return CONFIG_ERROR
     except KeyboardInterrupt as error:
-        print(f"pi0exp: interrupted by {error or 'Ctrl-C'}", file=sys.stderr)
+        print(f"pi0exp: interrupted by {interrupts.cause(error)}", file=sys.stderr)
         return Outcome.INTERRUPTED.exit_code
 
 

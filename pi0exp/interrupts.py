@@ -11,10 +11,11 @@ SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "S
 
 @dataclass
 class _State:
-    """held: whether a signal must wait. pending: what came meanwhile."""
+    """held: whether a signal must wait. pending: what came meanwhile. last: what came last, waiting or not."""
 
     held: bool = False
     pending: str = ""
+    last: str = ""
 
 
 _state = _State()
@@ -28,10 +29,15 @@ def install() -> None:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    name = SIGNALS[signal.Signals(number)]
+    name = _state.last = SIGNALS[signal.Signals(number)]
     if not _state.held:
         raise KeyboardInterrupt(name)
     _state.pending = name
+
+
+def cause(error: KeyboardInterrupt) -> str:
+    """What interrupted. Libraries that wait in C, as Ray does, raise an interrupt of their own, which has no name."""
+    return str(error) or _state.last or SIGNALS[signal.SIGINT]
 
 
 @contextmanager

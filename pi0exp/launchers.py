@@ -27,6 +27,8 @@ from pi0exp.errors import UserError
 from pi0exp.machine import set_visibility, store_environment, tracking_uri, visibility
 from pi0exp.track import Store
 
+PRINT_S = 1.0
+"""How long Ray may take to bring home what points printed; it looks for that ten times a second."""
 END_S = 30.0
 """How long jobs may take to end their points after an interrupt; Slurm gives as much before it kills."""
 
@@ -145,7 +147,12 @@ def _start_ray(launcher: Any) -> Any:
     from hydra_plugins.hydra_ray_launcher._launcher_util import start_ray
 
     setup_globals()
-    start_ray(launcher.ray_cfg.init)
+    try:
+        start_ray(launcher.ray_cfg.init)
+    except Exception as error:  # of many kinds: no cluster there, a setting that is none, a path too long for a socket
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"hydra/launcher=ray: Ray does not start: {words}") from error
+    interrupts.install()  # Ray has set a handler of its own for SIGTERM
     return ray
 
 
@@ -168,7 +175,12 @@ def _on_ray(launcher: Any, batch: Batch, first: int) -> list[JobReturn]:
             cfg.hydra.job.env_set.update(store_environment())  # workers of other hosts have another environment
         state = Singleton.get_state()
         jobs.append(launch_job_on_ray(launcher.hydra_context, remote, cfg, launcher.task_function, state))
-    return _each(jobs, batch, ray.get, partial(_end_ray, ray))
+    returns = _each(jobs, batch, ray.get, partial(_end_ray, ray))
+    # What the points print comes from Ray's files a moment later. The table is to be the last: what is not here by then
+    # stays in those files.
+    time.sleep(PRINT_S)
+    ray.shutdown()
+    return returns
 
 
 def _end_ray(ray: Any, jobs: Sequence[Any]) -> None:

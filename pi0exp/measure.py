@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pi0exp import causes, config, gpu_lock, subject
+from pi0exp import causes, collection, config, gpu_lock, subject
 from pi0exp.errors import UnsupportedError, UserError
 from pi0exp.machine import Machine, commit, held_gpu, set_environment, this_machine
 from pi0exp.result import CONFIG_ERROR, Outcome, Result
@@ -219,4 +219,5 @@ def main(
 
 
 if __name__ == "__main__":
+    collection.skip_at_exit()
     sys.exit(main(sys.argv[1:]))

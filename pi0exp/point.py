@@ -80,7 +80,7 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
                 with shown_progress(name) as progress:
                     result = measure_isolated(experiment, settings.timeout_s, progress, kept, on_gpu=machine.has_gpu)
         except KeyboardInterrupt as error:
-            finish(Result(Outcome.INTERRUPTED, [f"stopped by {error or 'Ctrl-C'}"]))
+            finish(Result(Outcome.INTERRUPTED, [f"stopped by {interrupts.cause(error)}"]))
             raise
         except BaseException as error:
             finish(Result(Outcome.ERROR, [f"{type(error).__name__}: {error}"]))

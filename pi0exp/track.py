@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -59,6 +60,8 @@ class Store:
         self._artifacts = artifacts
         self._own = own
         self._there = there
+        self._experiments: dict[str, str] = {}  # study -> experiment, which keeps its id
+        self._started: dict[str, int] = {}  # run -> when, of those that were opened here
         self.spool = spool.Spool(*spool.folders(artifacts or default_root().absolute(), name, own))
 
     @classmethod
@@ -141,6 +144,7 @@ class Store:
         with told(self._name):
             experiment_id = self._experiment(study)
             run = self._client.create_run(experiment_id, tags=_cut(tags), run_name=name)
+            self._started[run.info.run_id] = int(run.info.start_time)
             for some in _chunks([Param(name, value) for name, value in params.items()], 100):
                 self._client.log_batch(run.info.run_id, params=some)
             return str(run.info.run_id)
@@ -156,7 +160,7 @@ class Store:
         with told(self._name):
             self._there()
             # Of all times the one that a second attempt has too: MLflow drops a value that it has already.
-            now = int(self._client.get_run(run_id).info.start_time)
+            now = self._started.get(run_id) or int(self._client.get_run(run_id).info.start_time)
         # SQL turns infinity into a large number, and charts leave NaN out: neither goes there, the tag names them.
         metrics = {name: float(value) for name, value in record["metrics"].items()}
         finite = [Metric(name, value, now, 0) for name, value in metrics.items() if math.isfinite(value)]
@@ -174,10 +178,10 @@ class Store:
                 self._client.log_text(run_id, text, path)
             for path, figure in exhibits.figures(record):
                 self._client.log_figure(run_id, figure, path)
-            for some in _chunks(finite + samples, 1000):
-                self._client.log_batch(run_id, metrics=some)
-            for chosen in _chunks([RunTag(name, value) for name, value in _cut(tags).items()], 100):
-                self._client.log_batch(run_id, tags=chosen)
+            # As much at once as MLflow takes: on a server each call is several queries.
+            labels = _chunks([RunTag(name, value) for name, value in _cut(tags).items()], 100)
+            for some, chosen in zip_longest(_chunks(finite + samples, 900), labels, fillvalue=()):
+                self._client.log_batch(run_id, metrics=some, tags=chosen)
             self._client.set_tag(run_id, "outcome", outcome.value)
             self._client.set_terminated(run_id, _status(outcome))
             self._there()
@@ -294,11 +298,13 @@ class Store:
     def _search(self, study: str, where: str) -> Iterator["Run"]:
         token = None
         with told(self._name):
-            if (experiment := self._client.get_experiment_by_name(study)) is None:
-                return
+            if study not in self._experiments:
+                if (experiment := self._client.get_experiment_by_name(study)) is None:
+                    return
+                self._experiments[study] = experiment.experiment_id
             while True:
                 page = self._client.search_runs(
-                    [experiment.experiment_id], where, order_by=["attributes.start_time DESC"], page_token=token
+                    [self._experiments[study]], where, order_by=["attributes.start_time DESC"], page_token=token
                 )
                 yield from page
                 if not (token := page.token):
@@ -306,13 +312,18 @@ class Store:
 
     def _stored(self, run: "Run") -> Stored | None:
         """None where the run has no record: it still runs, it was killed, or its files were deleted."""
+        from mlflow.artifacts import download_artifacts, list_artifacts
+
         run_id, tags = run.info.run_id, run.data.tags
         if tags.get("outcome") == RUNNING or tags.get("torn"):
             return None  # what there is may be half of it
         with told(self._name), tempfile.TemporaryDirectory() as folder:
-            if "result.json" not in {file.path for file in self._client.list_artifacts(run_id)}:
+            # By the address that the run has: asked for by its run, a file costs a server twice as many queries.
+            where, server = run.info.artifact_uri, self._client.tracking_uri
+            if "result.json" not in {Path(file.path).name for file in list_artifacts(where, tracking_uri=server)}:
                 return None
-            text = Path(self._client.download_artifacts(run_id, "result.json", folder)).read_text()
+            file = download_artifacts(f"{where}/result.json", dst_path=folder, tracking_uri=server)
+            text = Path(file).read_text()
         try:
             return Stored(run_id, json.loads(text), int(run.info.start_time))
         except ValueError as error:

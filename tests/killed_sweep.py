@@ -85,10 +85,10 @@ def start(words: list[str]) -> tuple[int, int]:
     os.dup2(sink, 1)
     isolated = point.measure_isolated
 
-    def measure(*given: Any) -> Any:
+    def measure(*given: Any, **named: Any) -> Any:
         with suppress(BrokenPipeError):  # nobody listens after the first
             os.write(tell, b".")
-        return isolated(*given)
+        return isolated(*given, **named)
 
     point.measure_isolated = measure
     sys.argv[1:] = words

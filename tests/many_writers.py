@@ -1,7 +1,8 @@
 """Eight processes write 200 points into one store:  python many_writers.py STUDY WORD...
 
-Each has 25 points of one study, and was forked when everything was imported. Nothing is measured: the result is there
-at once, so that they do nothing but write. WORDs name the store. Ends with the largest exit code.
+Each has 25 points of the tiny model, told apart by their seed, in one study, and was forked when everything was
+imported. Nothing is measured: the result is there at once, so that they do nothing but write. WORDs name the store.
+Ends with the largest exit code.
 """
 
 import os
@@ -10,7 +11,7 @@ import traceback
 from typing import Any
 
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
-from cli import TOY
+from cli import QUICK
 
 from pi0exp import compose, point
 from pi0exp.backend import import_mlflow
@@ -29,15 +30,13 @@ def main(study: str, store: list[str]) -> int:
     import_mlflow()
     source_digest()
     point.measure_isolated = measured
-    plain = compose.from_words([*TOY, *store, f"name={study}", "+subject.fault=none"])
+    plain = compose.from_words([*QUICK, *store, f"name={study}"])
     writers = []
     for writer in range(WRITERS):
         if (pid := os.fork()) == 0:
             code = 1
             try:
-                points = [
-                    plain | {"subject": plain["subject"] | {"fault": f"toy{writer * EACH + i}"}} for i in range(EACH)
-                ]
+                points = [plain | {"workload": plain["workload"] | {"seed": writer * EACH + i}} for i in range(EACH)]
                 code = max(point.measure_point(one)["exit_code"] for one in points)
             except BaseException:
                 traceback.print_exc()

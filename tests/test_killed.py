@@ -15,7 +15,7 @@ KILLS = 50
 ROW = faults.by_name("SIGKILL")
 
 
-@pytest.mark.services
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_sweep_survives_being_killed_at_any_moment(tmp_path):
     (tmp_path / "tmp").mkdir()

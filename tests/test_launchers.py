@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,12 +108,19 @@ def test_slurm_without_a_server_is_refused(tmp_path):
 # ---- whole sweeps
 
 
-@pytest.mark.services
+@pytest.fixture
+def ray_files():
+    """Let Ray keep its sockets where their names stay short enough for one; pytest's folders are long."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        yield {"RAY_TMPDIR": folder}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [RAY, SUBMITIT], ids=["ray", "submitit_local"])
-def test_sweep_elsewhere(tmp_path, launcher):
+def test_sweep_elsewhere(tmp_path, launcher, ray_files):
     """Two good points, one that cannot run here, one that is refused, and one whose whole job is killed."""
     words = (*TOY, "-m", *launcher, "+subject.fault=none,kill_job,unmet,input,traced")
-    done = pi0exp(tmp_path, *words)
+    done = pi0exp(tmp_path, *words, **ray_files)
     assert done.returncode == 5, done
     assert done.stdout.splitlines()[-1] == (
         "study adhoc: 3 of 5 points settled; missing: #1 error, #3 refused; the same command again measures only these"
@@ -125,17 +133,27 @@ def test_sweep_elsewhere(tmp_path, launcher):
     assert sorted(run.data.tags["outcome"] for run in found) == ["ok", "ok", "unsupported"]
     assert len({run.data.tags["key"] for run in found}) == 3
 
-    again = pi0exp(tmp_path, *TOY, "-m", *launcher, "+subject.fault=none,traced")
+    again = pi0exp(tmp_path, *TOY, "-m", *launcher, "+subject.fault=none,traced", **ray_files)
     assert again.returncode == 0, again
     assert again.stdout.splitlines()[-1] == "study adhoc: 2 of 2 points settled, complete"
     assert len(runs(tmp_path)) == 3, "what is settled is not measured again"
     assert processes(tmp_path / "pi0exp-") == []
 
 
-@pytest.mark.services
+@pytest.mark.slow
+def test_a_cluster_that_does_not_start_is_refused(tmp_path):
+    """By name of what Ray says: here that the folder of its sockets has a name too long."""
+    done = pi0exp(tmp_path, *TOY, "-m", *RAY, "+subject.fault=none", RAY_TMPDIR=str(tmp_path / ("long" * 20)))
+    assert done.returncode == 2, done
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("pi0exp: hydra/launcher=ray: Ray does not start: ")
+    assert "107 bytes" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [RAY, SUBMITIT], ids=["ray", "submitit_local"])
-def test_interrupt_ends_the_points(tmp_path, launcher):
-    process = start(tmp_path, *TOY, "-m", *launcher, "+subject.fault=hang")
+def test_interrupt_ends_the_points(tmp_path, launcher, ray_files):
+    process = start(tmp_path, *TOY, "-m", *launcher, "+subject.fault=hang", **ray_files)
     deadline = time.monotonic() + 240
     while not any("-m pi0exp.measure" in line for line in processes(tmp_path / "pi0exp-")):
         assert process.poll() is None, process.communicate()

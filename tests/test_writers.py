@@ -34,12 +34,12 @@ def check(uri: str) -> None:
     found = client.search_runs([experiment.experiment_id], max_results=5000)
     assert Counter(run.data.tags["outcome"] for run in found) == {"ok": POINTS}
     assert {run.info.status for run in found} == {"FINISHED"}
-    assert {run.data.params["subject.fault"] for run in found} == {f"toy{number}" for number in range(POINTS)}
+    assert {run.data.params["workload.seed"] for run in found} == {str(number) for number in range(POINTS)}
     assert len({run.data.tags["key"] for run in found}) == len(found) == POINTS
     assert {run.data.metrics["latency_ms/p50"] for run in found} == {1.0}
 
 
-@pytest.mark.services
+@pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_sqlite_takes_eight_writers(tmp_path):
     done = write(tmp_path / "tmp", f"track.root={tmp_path}/mlruns")
@@ -48,7 +48,7 @@ def test_sqlite_takes_eight_writers(tmp_path):
     check(f"sqlite:///{tmp_path}/mlruns/mlflow.db")
 
 
-@pytest.mark.services
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.skipif(bool(lacking()), reason=lacking() or "there is one")
 def test_postgresql_takes_eight_writers(tmp_path):
