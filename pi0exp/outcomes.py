@@ -30,8 +30,10 @@ class Outcomes(Callback):
         measured = any("run_id" in point for point in POINTS)
         explained = any(EXPLAINED in point for point in POINTS)
         table = explain.table if explained and not measured else card.table
-        if POINTS and all("trial" in point for point in POINTS):
-            from pi0exp.search.shown import table
+        if any("trial" in point for point in POINTS):
+            from pi0exp.search import shown
+
+            table = shown.table
         card.console().print(table(POINTS))
         if POINTS:
             print(closing(str(config.name), POINTS, explained and not measured))

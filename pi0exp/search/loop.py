@@ -52,7 +52,11 @@ def search(space: Space, named: Sequence[Named], settings: SearchConfig, measure
 
     def measured(words: tuple[str, ...], name: str = "") -> Trial:
         best = min(
-            (trial.values(settings.objectives)[0] for trial in found.trials if not trial.infeasible(settings.objectives)),
+            (
+                trial.values(settings.objectives)[0]
+                for trial in found.trials
+                if not trial.infeasible(settings.objectives)
+            ),
             default=None,
         )
         so_far = "" if best is None else f", best so far {best:.2f} ms"

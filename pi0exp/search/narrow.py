@@ -55,7 +55,9 @@ def narrowed(arguments: Sequence[str]) -> Narrowed:
         if group == "search":
             search.append(word)
         elif key == "stack":
-            raise UserError(f"{word} would hold for every point of study=search; search.stacks names those to begin with")
+            raise UserError(
+                f"{word} would hold for every point of study=search; search.stacks names those to begin with"
+            )
         elif group in GROUPS and (group != "precision" or (key == group and len(values) > 1)):
             choices[key] = [value.lower() if value in ("True", "False") else value for value in values]
         elif len(values) > 1:

@@ -140,4 +140,3 @@ def command(arguments: Sequence[str]) -> str:
     """The command line, without what only says where things lie on this machine."""
     kept = [word for word in arguments if not key_of(word).startswith(_OF_THIS_MACHINE)]
     return f"python -m pi0exp {shlex.join(kept)}"
-

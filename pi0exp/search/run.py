@@ -45,8 +45,8 @@ def run(plan: Plan, measure: loop.Measure, command: str) -> None:
         head = shown.head(ranked[0], settings.objectives, plan.path)
         stack_file.write(plan.path, stack_file.text(ranked[0].words, head, evidence, plan.asked))
         show(f"{plan.path} is written; to run it: {stack_file.usage(plan.path)}")
-    for one in outcomes.POINTS:
-        one["exit_code"] = Outcome.OK.exit_code  # a stack that failed is no candidate; the search itself succeeded
+    for tried in outcomes.POINTS:
+        tried["exit_code"] = Outcome.OK.exit_code  # a stack that failed is no candidate; the search itself succeeded
 
 
 def show(text: str) -> None:

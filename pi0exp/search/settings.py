@@ -28,7 +28,7 @@ class SearchConfig:
     """n_trials: points, those of `stacks` among them. seed: of the sampler; the same one proposes the same points.
 
     objectives: one, or both for a Pareto front. stacks: named stacks that are measured first. candidates: how many of
-    the best take part in the closing comparison, beside the best named stack; repeats: how often each is measured in it.
+    the best take part in the closing comparison, beside the best named stack; repeats: how often it measures each.
     write: where the result goes: `conf`, a folder, a file NAME.yaml, or None for nowhere; see pi0exp.search.stack_file.
     """
 
@@ -60,8 +60,8 @@ LISTS = ("objectives", "stacks")
 def settings(node: Any, words: Sequence[str] = ()) -> SearchConfig:
     """The settings of a composed section.
 
-    words: those of the command line that begin with `search.`; Hydra takes commas for a sweep and does not compose them.
-    Raises UserError.
+    words: those of the command line that begin with `search.`; Hydra takes commas for a sweep, and does not compose
+    it. Raises UserError.
     """
     values = dict(node) if isinstance(node, dict) else {}
     for word in words:

@@ -39,19 +39,19 @@ def short(words: Sequence[str], plain: dict[str, str]) -> str:
     return " ".join(word(key, value) for key, _, value in pairs if plain.get(key) != value) or "plain PyTorch"
 
 
-def table(points: Sequence[dict[str, Any]]) -> Table:
+def table(rows: list[dict[str, Any]]) -> Table:
     """The closing table of a search: one row a point, in the order in which they were measured."""
-    power = any(Objective.energy.metric in point["metrics"] for point in points)
+    power = any(Objective.energy.metric in point["metrics"] for point in rows)
     made = Table(box=None, pad_edge=False)
     for name in ("#", "p50 ms", *(["J/call"] if power else []), "error"):
         made.add_column(name, justify="right", no_wrap=True)
     for name in ("outcome", "point"):
         made.add_column(name, overflow="fold")
-    for i, point in enumerate(points):
+    for i, point in enumerate(rows):
         shown = [P50, *([Objective.energy.metric] if power else [])]
         cells = [_number(point["metrics"], name, ".2f") for name in shown]
         outcome = "; ".join([point["outcome"], *point["reasons"]])
-        made.add_row(str(i), *cells, _number(point["metrics"], ERROR, ".1e"), outcome, point["trial"])
+        made.add_row(str(i), *cells, _number(point["metrics"], ERROR, ".1e"), outcome, point.get("trial", "-"))
     return made
 
 
@@ -71,7 +71,11 @@ def values_text(trial: Trial) -> str:
 
 
 def result(
-    found: Found, ranked: Sequence[Contestant], front: Sequence[Contestant], settings: SearchConfig, plain: dict[str, str]
+    found: Found,
+    ranked: Sequence[Contestant],
+    front: Sequence[Contestant],
+    settings: SearchConfig,
+    plain: dict[str, str],
 ) -> str:
     """How the search ended, its closing comparison, and which stack it is. plain: see `short`."""
     lines = [_count(found, settings)]
@@ -126,7 +130,11 @@ def evidence(
     best = ranked[0]
     last = best.again[-1]
     machine, metrics = last.point["fingerprint"], last.metrics
-    errors = [f"{name.removeprefix('error/rel_l2_plain_')} {value:.2e}" for name, value in metrics.items() if "_plain_" in name]
+    errors = [
+        f"{name.removeprefix('error/rel_l2_plain_')} {value:.2e}"
+        for name, value in metrics.items()
+        if "_plain_" in name
+    ]
     commit = str(machine.get("commit") or "unknown")[:10] + ("-dirty" if machine.get("dirty") == "true" else "")
     driver = f", driver {machine['driver']}" if machine.get("driver") else ""
     lines = [
@@ -137,7 +145,8 @@ def evidence(
         f"closing comparison, which alone chose: {len(ranked)} stacks, {settings.repeats} more"
         f" measurement{'s' * (settings.repeats != 1)} each, in turns, on observations that the search had not seen",
         f"this stack: {_closing(best)}; {_before(best, settings)}",
-        f"error of the actions: rel L2 {metrics[ERROR]:.2e} (plain {', '.join(errors)}), declared {last.point['numerics']}",
+        f"error of the actions: rel L2 {metrics[ERROR]:.2e} (plain {', '.join(errors)}),"
+        f" declared {last.point['numerics']}",
     ]
     if len(ranked) > 1:
         runner = ranked[1]
@@ -157,7 +166,11 @@ def _closing(one: Contestant) -> str:
 
 
 def _before(one: Contestant, settings: SearchConfig) -> str:
-    return f"in the search {values_text(one.first)}, key {one.first.key}" if one.first is not None else "no point of the search"
+    return (
+        f"in the search {values_text(one.first)}, key {one.first.key}"
+        if one.first is not None
+        else "no point of the search"
+    )
 
 
 def head(best: Contestant, objectives: Sequence[Objective], path: Path) -> str:

@@ -172,7 +172,7 @@ def _options(
                 left_out[f"{group}={name}"] = [str(error)]
                 continue
             if option.numerics is Numerics.APPROXIMATE:
-                reasons.append("is APPROXIMATE: it computes other actions")
+                reasons.append("it is APPROXIMATE, and computes other actions")
             if reasons:
                 left_out[f"{group}={name}"] = reasons
             else:

@@ -1,7 +1,7 @@
 """The file that a search leaves: a named stack whose head says how it was found.
 
-Where (`search.write`): `conf` is `best_<gpu>.yaml` among the named stacks of this package, and only a model at full size
-on a GPU goes there; a folder DIR is `DIR/stack/best_<gpu>.yaml`, which `python -m pi0exp --config-dir DIR
+Where (`search.write`): `conf` is `best_<gpu>.yaml` among the named stacks of this package, and only a model at full
+size on a GPU goes there; a folder DIR is `DIR/stack/best_<gpu>.yaml`, which `python -m pi0exp --config-dir DIR
 stack=best_<gpu>` finds; a NAME.yaml is that file. Whether it can be written, and is not the result of another question,
 is looked at before the search starts.
 """

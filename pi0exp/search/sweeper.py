@@ -25,6 +25,7 @@ class Search(Sweep):
         from pi0exp.search.run import run
         from pi0exp.search.settings import settings
 
+        assert self.config is not None
         words = narrowed(arguments)
         given = settings(OmegaConf.to_container(self.config.search, resolve=True), words.search)
         made = plan(words, given)
