@@ -30,7 +30,9 @@ def space_of(*words: str, machine: Machine = CPU) -> Space:
     return space(compose.from_words(left.base), left, machine)
 
 
-def measured(ms: float, joules: float | None = None, outcome: str = "ok", numerics: str = "REORDERED") -> dict[str, Any]:
+def measured(
+    ms: float, joules: float | None = None, outcome: str = "ok", numerics: str = "REORDERED"
+) -> dict[str, Any]:
     """What the run of a point returns, as far as a search reads it."""
     metrics = {"latency_ms/p50": ms, "latency_ms/p50_low": 0.99 * ms, "latency_ms/p50_high": 1.01 * ms}
     metrics |= {"energy_j/call": joules} if joules is not None else {}

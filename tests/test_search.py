@@ -229,7 +229,13 @@ def test_missing_optuna_says_how_to_install_it(monkeypatch):
 
 
 def test_command_is_that_of_any_machine():
-    words = ["study=search", "track.root=/home/me", "search.write=/home/me/x.yaml", "resume=false", "attention=eager,sdpa"]
+    words = [
+        "study=search",
+        "track.root=/home/me",
+        "search.write=/home/me/x.yaml",
+        "resume=false",
+        "attention=eager,sdpa",
+    ]
     assert command(words) == "python -m pi0exp study=search attention=eager,sdpa"
 
 
@@ -292,4 +298,4 @@ def test_small_space_ends_the_search_early(monkeypatch):
     found, log = searched(small, lambda words: measured(cost_ms(words)))
     assert len(log.asked) == 2
     assert "20 proposals in a row were known or excluded" in found.ended
-    assert CPU == small.machine
+    assert small.machine == CPU

@@ -55,7 +55,7 @@ def check(path: Path, asked: str) -> None:
     if standing is not None and f"{_ASKED}{asked}" not in standing.splitlines():
         theirs = next((line for line in standing.splitlines() if line.startswith(_ASKED)), None)
         what = f"answers {theirs.removeprefix(_ASKED)!r}" if theirs else "was not written by a search"
-        raise UserError(f"{path} {what}, which this search would replace; choose another file with search.write")
+        raise UserError(f"{path} {what}, and this search would replace it; choose another file with search.write")
 
 
 def asked_of(params: Mapping[str, str], objectives: Sequence[str]) -> str:
