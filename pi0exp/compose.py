@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from pi0exp.root import default_root
 
 PACKAGE = Path(__file__).resolve().parent
 CONF = PACKAGE / "conf"
-OWN = ("name", "resume", "subject", "track", "report")
-"""Keys of `conf/config.yaml` itself; every other one comes from a group."""
+OWN = ("name", "resume", "subject", "track", "report", "search")
+"""Keys of `conf/config.yaml` and of `study=search` itself; every other one comes from a group."""
 STAGED = ("gemm", "attention", "compile_mode")
 """Groups whose option may differ between stages."""
 
@@ -69,10 +69,13 @@ OmegaConf.register_new_resolver("pi0exp_scratch", scratch, replace=True)
 
 @contextmanager
 def session() -> Iterator[None]:
-    """Within it Hydra composes from our folders. Raises UserError for whatever Hydra refuses."""
+    """Within it Hydra composes from our folders, or as the command does that is running. Raises UserError for whatever
+    Hydra refuses.
+    """
     register()
+    running = GlobalHydra.instance().is_initialized()
     try:
-        with initialize_config_dir(str(CONF), version_base="1.3", job_name="pi0exp"):
+        with nullcontext() if running else initialize_config_dir(str(CONF), version_base="1.3", job_name="pi0exp"):
             yield
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_line(error)) from error

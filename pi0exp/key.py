@@ -12,8 +12,8 @@ import pi0exp
 
 _LINKED = ("kernels", "conf", "experiments")
 """Folders that are links in a checkout and plain folders in an installed package."""
-_READERS = ("report",)
-"""Folders of what reads results and takes no part in making them."""
+_READERS = ("report", "search")
+"""Folders of what reads results, or chooses what is measured, and takes no part in measuring."""
 _SUFFIXES = (".py", ".csv", ".json")
 """Code, and the tables of tuned kernels that stand beside it."""
 

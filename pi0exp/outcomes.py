@@ -30,6 +30,10 @@ class Outcomes(Callback):
         measured = any("run_id" in point for point in POINTS)
         explained = any(EXPLAINED in point for point in POINTS)
         table = explain.table if explained and not measured else card.table
+        if any("trial" in point for point in POINTS):
+            from pi0exp.search import shown
+
+            table = shown.table
         card.console().print(table(POINTS))
         if POINTS:
             print(closing(str(config.name), POINTS, explained and not measured))
@@ -74,6 +78,8 @@ def settled(point: dict[str, Any]) -> bool:
     """Whether a point need not be measured again; of one that is explained, whether it was measured before."""
     if EXPLAINED in point:
         return bool(point[EXPLAINED]["settled"])
+    if "trial" in point:  # of a search, which learned from it that this is no candidate
+        return bool(point["outcome"] != Outcome.INTERRUPTED)
     return point["outcome"] in {outcome.value for outcome in Outcome if outcome.settled}
 
 

@@ -24,7 +24,7 @@ from pi0exp.track import Store
 
 LABELS = ("subject", "stack", "study")
 """Names that stand for other choices, which are there themselves."""
-FRAME = ("name", "resume", "track", "report", "changed")
+FRAME = ("name", "resume", "track", "report", "search", "changed")
 """What does not make a point, or says again what does: two that agree in everything else are one point."""
 
 
@@ -177,7 +177,7 @@ def shown(made: dict[str, Any], run_id: str, settled: bool) -> dict[str, Any]:
     console().print(card(made, run_id, settled), markup=False)
     if made["log"]:
         console().print("\n".join(made["log"].splitlines()[-12:]), markup=False, style="dim")
-    kept = {name: made[name] for name in ("params", "metrics", "outcome", "reasons")}
+    kept = {name: made[name] for name in ("key", "params", "metrics", "outcome", "reasons", "numerics", "fingerprint")}
     return kept | {"run_id": run_id, "exit_code": Outcome(made["outcome"]).exit_code}
 
 

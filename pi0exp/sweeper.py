@@ -79,4 +79,7 @@ class _Gathering(Launcher):
 
 def register(plugins: Any) -> None:
     """plugins: Hydra's."""
+    from pi0exp.search import sweeper as search  # not above: it imports this file
+
     plugins.class_name_to_class[NAME] = Sweep
+    plugins.class_name_to_class[search.NAME] = search.Search

@@ -38,6 +38,7 @@ EXPECTED = {
     "masking": 9,
     "perf_per_watt": 4,
     "prompt_and_horizon": 10,
+    "search": 1,  # of a sweep; it chooses its points while it runs
 }
 """Points of each study."""
 STUDIES = sorted(file.stem for file in (compose.PACKAGE / "experiments" / "study").glob("*.yaml"))
@@ -205,7 +206,9 @@ def test_mistake_in_a_report_is_told(given: dict, start: str):
 
 
 def test_named_stacks_differ_pairwise():
-    made = {name: config.stack(plain_config(f"stack={name}")) for name in GROUPS_OF["stack"]}
+    # What a search wrote may be one of the others.
+    names = [name for name in GROUPS_OF["stack"] if not name.startswith("best_")]
+    made = {name: config.stack(plain_config(f"stack={name}")) for name in names}
     assert [(a, b) for a, b in combinations(made, 2) if made[a] == made[b]] == []
 
 

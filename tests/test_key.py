@@ -76,9 +76,11 @@ def checkout(folder: Path, linked: bool) -> Path:
 def test_digest_sees_code_and_kernels_only(tmp_path):
     package = checkout(tmp_path, linked=True)
     before = digest_sources(package)
-    (package / "report").mkdir()
+    for reader in ("report", "search"):
+        (package / reader).mkdir()
     for unseen in (
         "report/page.py",
+        "search/loop.py",
         "conf/inner/one.py",
         "experiments/inner/one.py",
         "kernels/note.yaml",

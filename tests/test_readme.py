@@ -55,8 +55,9 @@ def test_commands_compose(file):
     for given in re.findall(r"python -m pi0exp (?![^\n`]*\$)((?:-m )?[a-z][^\n`]*)", text):
         words = shlex.split(re.split(r" {2,}| && ", given)[0])
         swept = words[0] == "-m"
+        several = swept or "study=search" in words  # which several values narrow
         choices = [word.partition("=") for word in words[swept:]]
-        for values in product(*(value.split(",") if swept else [value] for _, _, value in choices)):
+        for values in product(*(value.split(",") if several else [value] for _, _, value in choices)):
             compose.from_words([f"{key}={value}" for (key, _, _), value in zip(choices, values, strict=True)])
 
 
