@@ -1,6 +1,7 @@
 """Make docs/compare_view.png: MLflow's compare view of a study's committed results, as a headless Chromium shows it.
 
-    python experiments/compare_view.py stacks docs/compare_view.png --where "params.workload = 'masked'"
+    python experiments/compare_view.py ladder docs/compare_view.png --where "params.stack != '0_eager'" \\
+        --metrics kernels_ms/gemm energy_j/call latency_ms/p50
 
 Loads the results into a store of its own, starts MLflow's UI on it, clicks what a user would click, and takes the
 picture. Needs the packages mlflow (mlflow-skinny has no UI) and selenium, and Chromium with its driver: Debian's
@@ -33,7 +34,7 @@ SETTLE_S = 3.0
 SIZE = (1280, 1715)
 """Of the window, in pixels: down to the parameters. The table of metrics below them begins with the ceilings."""
 PARAMS, METRICS = ("stack", "attention", "fusion"), ("error/rel_l2", "latency_ms/p50")
-"""The axes of the plot."""
+"""The axes of the plot, if no others are named."""
 
 
 def main() -> int:
@@ -41,6 +42,7 @@ def main() -> int:
     parser.add_argument("study")
     parser.add_argument("image", type=Path)
     parser.add_argument("--where", default="", help="filter of runs, in MLflow's search language")
+    parser.add_argument("--metrics", nargs="+", default=list(METRICS), help="axes of the plot; the last one colours")
     given = parser.parse_args()
     paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
     missing = [name for name, path in paths.items() if path is None]
@@ -61,7 +63,7 @@ def main() -> int:
                 # The page that selecting these runs and clicking Compare leads to.
                 query = urllib.parse.urlencode({"runs": json.dumps(runs), "experiments": json.dumps([experiment])})
                 given.image.parent.mkdir(parents=True, exist_ok=True)
-                picture(f"{address}/#/compare-runs?{query}", given.image, paths, f"{folder}/profile")
+                picture(f"{address}/#/compare-runs?{query}", given.image, paths, f"{folder}/profile", given.metrics)
             finally:
                 server.terminate()
     print(f"{given.image}: {len(runs)} runs, {given.image.stat().st_size / 1e3:.0f} kB")
@@ -94,7 +96,7 @@ def wait_for(address: str) -> None:
             time.sleep(0.5)
 
 
-def picture(address: str, image: Path, paths: dict[str, Any], profile: str) -> None:
+def picture(address: str, image: Path, paths: dict[str, Any], profile: str, metrics: list[str]) -> None:
     """The compare view as a PNG file: side panels closed, the axes of the plot chosen."""
     from selenium import webdriver
     from selenium.webdriver.common.by import By
@@ -124,7 +126,7 @@ def picture(address: str, image: Path, paths: dict[str, Any], profile: str) -> N
         ):
             found(button).click()
         browser.find_element(By.XPATH, "//button[normalize-space()='Clear All']").click()
-        for number, names in enumerate((PARAMS, METRICS), 1):
+        for number, names in enumerate((PARAMS, metrics), 1):
             for name in names:
                 field = found(f"#dubois-select-{number}")
                 field.send_keys(name)
