@@ -114,14 +114,15 @@ def space(models: list[str], keep: Callable[[str, str, Option], bool]) -> Space:
 
 
 def _switches(options: list[Option]) -> list[tuple[str, str]]:
-    """(section, switch) of what is false by default in each of these options and stands in a section of its own."""
+    """(section, switch) of what each of these options has, false by default in the first, in a section of its own."""
 
     def of(option: Option) -> list[tuple[str, str]]:
         sections = [one.name for one in fields(option) if is_dataclass(getattr(option, one.name))]
         inner = [(section, one.name) for section in sections for one in fields(getattr(option, section))]
-        return [(section, name) for section, name in inner if getattr(getattr(option, section), name) is False]
+        return [(section, name) for section, name in inner if isinstance(getattr(getattr(option, section), name), bool)]
 
-    return [switch for switch in of(options[0]) if all(switch in of(option) for option in options[1:])]
+    plain = [(section, name) for section, name in of(options[0]) if not getattr(getattr(options[0], section), name)]
+    return [switch for switch in plain if all(switch in of(option) for option in options[1:])]
 
 
 def pairs_of(row: Row) -> Iterator[Pair]:

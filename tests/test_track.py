@@ -227,6 +227,7 @@ assert get_telemetry_client() is None
 """
 
 
+@pytest.mark.slow
 def test_processes_create_a_store_together_and_silently(tmp_path):
     children = [python(OPEN, tmp_path / "new", f"{number:016x}") for number in range(4)]
     outputs = [child.communicate(timeout=300)[0] for child in children]
