@@ -2,6 +2,10 @@
 
 TRITON_INTERPRET decides when a kernel's file is imported, so the interpreter has a process of its own: this file run as
 a script, which prints a line of JSON for each point.
+
+It cuts float32 off where hardware rounds to bfloat16, and so says 1.3 times the plain model's error of models in
+bfloat16; of fusion=kernels 1.5 times, which on a GPU has less than once (experiments/README.md, covering). So the function is held to float64
+here, and bfloat16 to its bound on a GPU: `test_blocks_gpu`.
 """
 
 import json
@@ -17,8 +21,7 @@ import numpy
 import pytest
 import torch
 import triton
-from golden import load_model, noise_of, num_steps_of, observation_of
-from helpers import built, noise_for, plain_config, subject_of, tiny_observation, tiny_policy
+from helpers import noise_for, plain_config, tiny_observation, tiny_policy
 from packaging.version import Version
 from torch import Tensor
 
@@ -30,10 +33,9 @@ from pi0exp.fusion.rewrites import Rewrites
 from pi0exp.machine import Machine
 from pi0exp.model.layers import Attention
 from pi0exp.model.pi0 import Context, timesteps
-from pi0exp.model.precision import BF16, BF16_TRUTH, FP32, FP32_TRUTH
-from pi0exp.option import Numerics
+from pi0exp.model.precision import BF16, FP32, FP32_TRUTH
 from pi0exp.policy import Policy
-from pi0exp.verify import FP32_LIMIT, judge, rel_l2
+from pi0exp.verify import FP32_LIMIT, rel_l2
 
 # Up to 2.3 numpy takes an array of one value for a number, on which older interpreters count in loops.
 interprets = pytest.mark.skipif(
@@ -48,8 +50,6 @@ OBSERVATIONS = {
 HORIZONS = {"full": 3, "no prompt": 1, "masked differently": 2}
 RIGHT = [("tiny", "full"), ("tiny", "masked differently"), ("tiny_pi05", "no prompt")]
 THOROUGH = [("tiny_pi05", "masked differently"), ("tiny", "no prompt")]
-GOLDEN = ("tiny_pi0_mixed3_bf16", "tiny_pi05_a1_bf16")
-VERIFIED = [("tiny", "workload=masked"), ("tiny_pi05",)]
 
 
 def fusion() -> Fusion:
@@ -122,23 +122,6 @@ def error(model: str, observation: str, spoil: Callable[[Policy], None] = lambda
     return max(rel_l2(actions[1], actions[0]))
 
 
-def golden(case: str) -> list[str]:
-    """What is wrong with the actions for the original's weights and inputs in bfloat16, beside fusion=kernels.
-
-    The interpreter cuts float32 off where hardware rounds to bfloat16, so that plain PyTorch, which rounds, is no
-    measure here: fusion=kernels has 1.5 times its error under the interpreter, and less than its error on an H200
-    (experiments/README.md, covering). Both sides are cut off alike.
-    """
-    others = {"norms": True, "activation": True, "rope": True}
-    actions = []
-    for precision in (BF16, BF16, BF16_TRUTH):
-        policy = Policy(load_model(case, precision), noise_of(case).shape[1], num_steps_of(case))
-        if precision is BF16:
-            policy = streamed(policy, **others) if not actions else streamed(policy, blocks=False, **others)
-        actions.append([policy.sample_actions(observation_of(case), noise_of(case))])
-    return judge(*actions, Numerics.REORDERED, "bf16").wrong
-
-
 def repeated() -> bool:
     """Whether the same inputs give the same bits, with another input between."""
     policy = streamed(tiny_policy(precision=BF16, horizon=2, num_steps=1))
@@ -168,11 +151,6 @@ def interpret(points: list[list[str]]) -> None:
             found = error(*point)
         elif kind == "wrong":
             found = error(point[0], point[1], FAULTS[point[2]])
-        elif kind == "golden":
-            found = golden(*point)
-        elif kind == "verified":
-            words = ("fusion=blocks", "workload.num_steps=2", "workload.horizon=2", *point[1:])
-            found = built(subject_of(f"model={point[0]}", *words)).verdict.wrong
         else:
             found = {"repeated": repeated, "many rows": many_rows}[kind]()
         print(json.dumps([[kind, *point], found]), flush=True)
@@ -224,16 +202,6 @@ def test_equal_inputs_give_equal_bits(point, interpreted):
 
 
 # ---- the option
-
-
-@interprets
-@pytest.mark.slow
-@pytest.mark.timeout(2400)
-@pytest.mark.parametrize(
-    "point", [*(("golden", case) for case in GOLDEN), *(("verified", *point) for point in VERIFIED)], ids=" ".join
-)
-def test_bf16_stays_within_the_bound(point, interpreted):
-    assert interpreted[point] == []
 
 
 ALONE = "fusion: blocks computes the denoising step by itself:"
