@@ -4,8 +4,8 @@ TRITON_INTERPRET decides when a kernel's file is imported, so the interpreter ha
 a script, which prints a line of JSON for each point.
 
 It cuts float32 off where hardware rounds to bfloat16, and so says 1.3 times the plain model's error of models in
-bfloat16; of fusion=kernels 1.5 times, which on a GPU has less than once (experiments/README.md, covering). So the function is held to float64
-here, and bfloat16 to its bound on a GPU: `test_blocks_gpu`.
+bfloat16; of fusion=kernels 1.5 times, which on a GPU has less than once (experiments/README.md, covering). So the
+function is held to float64 here, and bfloat16 to its bound on a GPU: `test_blocks_gpu`.
 """
 
 import json
