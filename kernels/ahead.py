@@ -5,13 +5,20 @@ waiting for the kernel in front, adding up. Meanwhile nothing is read. So each a
 comes later, which then finds it in the L2. A layer's weights are 35 MB, which an L2 of 50 MB holds; what was asked for
 in vain costs its bytes once more and changes no value.
 
-Only for sm_90 (the bulk prefetch of PTX); elsewhere nothing is asked for.
+Only in dependent launches, which sm_90 has (the bulk prefetch of PTX is its own, too), and only for few rows: with more
+the launches read without holding, and asking takes their bandwidth (experiments/speed.md).
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pi0exp.kernels.gemm_epilogue import arch_of
+
+FEW_ROWS = 16
+"""Rows up to which a launch asks."""
 PIECE = tl.constexpr(1024)
 """Bytes of one request; a multiple of 16."""
 
@@ -34,6 +41,12 @@ def ask(ahead_ptr, pieces):
         )  # fmt: skip
 
 
-def pieces_of(weight: Tensor | None) -> int:
-    """Whole pieces of a weight; a rest is left to the kernel that reads it."""
-    return 0 if weight is None else weight.numel() * weight.element_size() // PIECE.value
+def dependent(x: Tensor, pdl: bool) -> bool:
+    """Whether a launch for x is a dependent one. Tracers know no such launch; a traced kernel has an ordinary one."""
+    return pdl and type(x) is Tensor and arch_of(x.device) == "sm_90"
+
+
+def asked(ahead: Tensor | None, pdl: bool, rows: int) -> dict[str, Any]:
+    """The arguments of a kernel that say which weight it asks for: whole pieces, a rest is left to who reads it."""
+    wanted = ahead if pdl and rows <= FEW_ROWS else None
+    return {"ahead_ptr": wanted, "ahead_pieces": 0 if wanted is None else wanted.nbytes // PIECE.value}

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from pi0exp.kernels.ahead import ask
+from pi0exp.kernels.ahead import ask, dependent
 from pi0exp.kernels.gemm_cases import case, chain, counted, skinny_cublas, skinny_reference, small_cases
 from pi0exp.kernels.gemm_epilogue import arch_of, checked, finish, read
 from pi0exp.kernels.kernel import INTERPRETED, AheadOfTime, Kernel, launchable, require
@@ -83,6 +83,7 @@ def summed(
         held = ()  # type: Any
         for step in tl.static_range(STEPS):
             at = begin + step * CHUNK
+            # Not unpacked, as the linter would have it: Triton's language has no such expression.
             held = held + (read(weight_ptr + at + w_at, k, K - at, EVEN_K),)  # noqa: RUF005
         if ahead_ptr is not None:
             ask(ahead_ptr, ahead_pieces)
@@ -208,6 +209,13 @@ OTHERS = Launch(32, 64, num_warps=4)
 FLOAT32 = Launch(16, 32, num_warps=4)
 
 
+def check_counters(counters: Tensor, needed: int = 0) -> None:
+    """Raises ValueError for other counters than all of them, and for more tiles than there are."""
+    good = counters.dtype is torch.int32 and counters.shape == (COUNTERS,)
+    require(good, f"counters are {counters.dtype} {list(counters.shape)}; wanted torch.int32 [{COUNTERS}]")
+    require(needed <= COUNTERS, f"{needed} tiles; there are {COUNTERS} counters")
+
+
 def padded(M: int) -> int:
     """Rows of the tile of x: 16, 32 or 64."""
     return 16 if M <= 16 else 32 if M <= 32 else 64
@@ -238,8 +246,7 @@ def skinny_gemm(
     """
     x_MK, M, N, rows_per_scale = checked(x, weight, bias, residual, scale, activation, gated)
     require(M <= MAX_ROWS, f"x has {M} rows; skinny_gemm takes at most {MAX_ROWS}")
-    good = counters.dtype is torch.int32 and counters.shape == (COUNTERS,)
-    require(good, f"counters are {counters.dtype} {list(counters.shape)}; wanted torch.int32 [{COUNTERS}]")
+    check_counters(counters)
     return launched(
         launch_for(arch_of(x.device), x.dtype, M, *weight.shape), x_MK, weight, counters,
         x.new_empty((*x.shape[:-1], N)), bias, residual, scale, rows_per_scale, activation, gated,
@@ -254,8 +261,7 @@ def launched(
     M, K = x_MK.shape
     N, BM = y.shape[-1], padded(M)
     tiles = triton.cdiv(N, launch.BN)
-    # Tracers know no launch attribute; a traced kernel is launched in the ordinary way.
-    pdl = launch.pdl and type(x_MK) is Tensor and arch_of(x_MK.device) == "sm_90"
+    pdl = dependent(x_MK, launch.pdl)
     parts = counters
     if launch.SPLITS > 1:
         R = 2 * launch.BN if gated else launch.BN

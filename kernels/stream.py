@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pi0exp.kernels.ahead import pieces_of
-from pi0exp.kernels.gemm_epilogue import DTYPES, arch_of
+from pi0exp.kernels.ahead import asked, dependent
+from pi0exp.kernels.gemm_epilogue import DTYPES
 from pi0exp.kernels.kernel import INTERPRETED, AheadOfTime, launchable, random, require
-from pi0exp.kernels.skinny_gemm import COUNTERS, MAX_ROWS, Launch, padded
+from pi0exp.kernels.skinny_gemm import COUNTERS, MAX_ROWS, Launch, check_counters, padded
 
 SQUARES = 16
 """Columns of the residual stream whose squares are summed by one program, at most; tiles are multiples of it."""
@@ -81,24 +81,7 @@ def check_vector(name: str, vector: Tensor | None, length: int) -> None:
     require(good, f"{name} is {None if vector is None else list(vector.shape)}: not [{length}], contiguous")
 
 
-def check_counters(counters: Tensor, needed: int) -> None:
-    good = counters.dtype is torch.int32 and counters.shape == (COUNTERS,)
-    require(good, f"counters are {counters.dtype} {list(counters.shape)}; wanted torch.int32 [{COUNTERS}]")
-    require(needed <= COUNTERS, f"{needed} tiles; there are {COUNTERS} counters")
-
-
 # ---- launch
-
-
-def dependent(x: Tensor, pdl: bool) -> bool:
-    """Whether a launch for x is a dependent one. Tracers know no such launch; a traced kernel has an ordinary one."""
-    return pdl and type(x) is Tensor and arch_of(x.device) == "sm_90"
-
-
-def asked(ahead: Tensor | None, pdl: bool) -> dict[str, Any]:
-    """The arguments of a kernel that say which weight it asks for; none but in dependent launches."""
-    wanted = ahead if pdl else None
-    return {"ahead_ptr": wanted, "ahead_pieces": pieces_of(wanted)}
 
 
 def launch_stream(
@@ -113,8 +96,8 @@ def launch_stream(
         parts = x_MK.new_empty((tiles, launch.SPLITS, padded(M), rows), dtype=torch.float32)
     pdl = dependent(x_MK, launch.pdl)
     launchable(kernel)[(tiles, launch.SPLITS)](
-        x_ptr=x_MK, weight_ptr=weight_CK, parts_ptr=parts, counters_ptr=counters, **asked(ahead, pdl), M=M, K=K, **own,
-        **launch.constants(K), BM=padded(M), PDL=pdl, UPCAST=INTERPRETED,
+        x_ptr=x_MK, weight_ptr=weight_CK, parts_ptr=parts, counters_ptr=counters, **asked(ahead, pdl, M), M=M, K=K,
+        **own, **launch.constants(K), BM=padded(M), PDL=pdl, UPCAST=INTERPRETED,
         num_warps=launch.num_warps, num_stages=launch.num_stages, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

@@ -20,13 +20,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from pi0exp.kernels.ahead import ask
+from pi0exp.kernels.ahead import ask, asked, dependent
 from pi0exp.kernels.attention import HIDDEN, attend_reference
 from pi0exp.kernels.attention_cases import GEMMA, Heads, attention_case
 from pi0exp.kernels.attention_launch import check_arguments
 from pi0exp.kernels.kernel import INTERPRETED, AheadOfTime, Case, Kernel, launchable, require
-from pi0exp.kernels.skinny_gemm import Launch
-from pi0exp.kernels.stream import asked, check_counters, counters_on, dependent
+from pi0exp.kernels.skinny_gemm import Launch, check_counters
+from pi0exp.kernels.stream import counters_on
 from pi0exp.kernels.stream_launch import OTHER_ATTENTION, START, Attend, attention_launch
 
 TOGETHER = 4
@@ -157,7 +157,7 @@ def stream_attention(
     pdl = dependent(q_BTNH, launch.pdl)
     launchable(stream_attention_kernel)[(tiles, parts * launch.COLUMNS, B * K)](
         q_ptr=q_BTNH, k_ptr=k_BSKH, v_ptr=v_BSKH, keys_ptr=keys, out_ptr=out_BTNH, acc_ptr=acc, stats_ptr=stats,
-        counters_ptr=counters, **asked(ahead, pdl),
+        counters_ptr=counters, **asked(ahead, pdl, B * T),
         k_b=k_BSKH.stride(0), k_s=k_BSKH.stride(1), k_k=k_BSKH.stride(2), v_b=v_BSKH.stride(0),
         v_s=v_BSKH.stride(1), v_k=v_BSKH.stride(2), keys_b=keys.stride(0), keys_s=keys.stride(1), T=T, S=S, parts=parts,
         settled=settled, scale=scale, GROUP=N // K, HEADS_KV=K, H=H, HEAD=head, COLUMNS=launch.COLUMNS, BM=launch.BM,

@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
+from pi0exp.kernels.ahead import dependent
 from pi0exp.kernels.kernel import FLOATS, AheadOfTime, Case, Kernel, launchable, random, require, wide
-from pi0exp.kernels.stream import check_squares, check_vector, dependent, inverse_rms_reference, positive
+from pi0exp.kernels.stream import check_squares, check_vector, inverse_rms_reference, positive
 from pi0exp.kernels.stream_residual import squares_reference
 
 BEGIN = {"num_warps": 4}

@@ -182,7 +182,6 @@ class Chain:
         self.rooms = [normal(1, self.prefix + self.tokens, 2, 1, HEAD_DIM) for _ in range(layers)]
         self.x = normal(1, self.tokens, WIDTH, dtype=torch.float32)
         self.scale, self.turn = normal(WIDTH, dtype=torch.float32), normal(1, self.tokens, 1, HEAD_DIM)
-        self.ahead = True
         self.counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
     def __call__(self) -> Tensor:
@@ -197,11 +196,10 @@ class Chain:
         for i, ((qkv, out, gate_up, down), room) in enumerate(zip(self.weights, self.rooms, strict=True)):
             k, v = room.unbind(2)
             following = self.weights[(i + 1) % len(self.weights)][0]
-            first, second, third, fourth = (gate_up, out, down, following) if self.ahead else (None,) * 4
-            q = stream_qkv(xs, squares, qkv, None, self.turn, self.turn, k, v, prefix, 1e-6, counters, first)
-            mixed = stream_attention(q, k, v, None, False, HEAD_DIM**-0.5, prefix, counters, second)
-            x, xs, squares = stream_residual(mixed.flatten(2), out, x, None, scale, counters, third)
-            hidden = stream_gated(xs, squares, gate_up, None, 1e-6, counters, fourth)
+            q = stream_qkv(xs, squares, qkv, None, self.turn, self.turn, k, v, prefix, 1e-6, counters, gate_up)
+            mixed = stream_attention(q, k, v, None, False, HEAD_DIM**-0.5, prefix, counters, out)
+            x, xs, squares = stream_residual(mixed.flatten(2), out, x, None, scale, counters, down)
+            hidden = stream_gated(xs, squares, gate_up, None, 1e-6, counters, following)
             x, xs, squares = stream_residual(hidden, down, x, None, scale, counters)
         assert isinstance(x, Tensor)
         return x

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pi0exp.kernels import stream_launch, tune
+from pi0exp.kernels.ahead import FEW_ROWS, asked
 from pi0exp.kernels.skinny_gemm import OTHERS, Launch
 from pi0exp.kernels.stream_launch import START, Attend
 
@@ -96,3 +97,11 @@ def test_committed_tables_are_complete(file):
     assert {"command", "fingerprint", "chains"} <= set(kept)
     for name, fields in kept["launches"].items():
         assert stream_launch.read(name, fields) in [stream_launch.read(name, one) for _, one in kept["evidence"][name]]
+
+
+def test_few_rows_of_a_dependent_launch_ask_ahead():
+    weight = torch.zeros(300, 7, dtype=torch.bfloat16)
+    given = asked(weight, True, FEW_ROWS)
+    assert (given["ahead_ptr"] is weight, given["ahead_pieces"]) == (True, 4)  # 4200 bytes, whole pieces
+    for nothing in (asked(weight, True, FEW_ROWS + 1), asked(weight, False, 1), asked(None, True, 1)):
+        assert nothing == {"ahead_ptr": None, "ahead_pieces": 0}

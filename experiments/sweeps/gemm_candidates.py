@@ -20,7 +20,7 @@ class Product:
     gated: bool = False
 
     @property
-    def C(self) -> int:  # noqa: N802
+    def C(self) -> int:  # noqa: N802  (called as the axis that it is the size of)
         return 2 * self.N if self.gated else self.N
 
     def epilogue(self) -> str:

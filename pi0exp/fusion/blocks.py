@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     from pi0exp.fusion.fusion import Fusion
 
 NAME = "fusion.blocks"
-FEW_ROWS = 16
-"""Rows up to which launches ask for later weights: with more, the launches read without holding, and asking only takes
-their bandwidth (experiments/speed.md)."""
 
 
 # ---- what it needs, and what it fills
@@ -138,7 +135,7 @@ class Stream:
         settled = context.cache[0].k_BSKH.shape[1] - model.config.suffix_prelude
         rows = Rows(*stream_begin(tokens_BTD.contiguous(), norms.scales[0], blocks[0].attention.qkv.weight))
         for i, block in enumerate(blocks):
-            following = blocks[(i + 1) % len(blocks)] if count <= FEW_ROWS else None
+            following = blocks[(i + 1) % len(blocks)]
             rows = self.layer(block, 2 * i, rows, norms, rotation, mask, context.cache[i], settled, following)
         out = model.action_out_proj
         velocity: Tensor = stream_end(
@@ -150,10 +147,10 @@ class Stream:
 
     def layer(
         self, block: GemmaBlock, first: int, rows: Rows, norms: Norms, rotation: Rotation, mask: Mask,
-        cache: LayerCache, settled: int, following: GemmaBlock | None,
+        cache: LayerCache, settled: int, following: GemmaBlock,
     ) -> Rows:  # fmt: skip
-        """Five launches. first: the number of the layer's first norm; following: the block after it, or None for
-        launches that ask for nothing ahead.
+        """Five launches. first: the number of the layer's first norm; following: the block after it,
+        whose first weight the launches ask for as they do for the layer's own (`pi0exp.kernels.ahead`).
         """
         from pi0exp.kernels.stream_attention import stream_attention
         from pi0exp.kernels.stream_gated import stream_gated
@@ -170,21 +167,21 @@ class Stream:
 
         q_BTNH = stream_qkv(
             rows.xs, rows.squares, attention.qkv.weight, norms.offsets[first], *rotation, room_k, room_v, start, eps,
-            counters, None if following is None else mlp.gate_up.weight,
+            counters, mlp.gate_up.weight,
         )  # fmt: skip
         mixed_BTNH = stream_attention(
             q_BTNH, room_k[:, :seen], room_v[:, :seen], keys_BS, mask.blind, attention.scale, settled, counters,
-            None if following is None else attention.out.weight,
+            attention.out.weight,
         )  # fmt: skip
         rows = Rows(
             *stream_residual(
                 mixed_BTNH.flatten(2), attention.out.weight, rows.x, norms.gates[first], norms.scales[first + 1],
-                counters, None if following is None else mlp.down.weight,
+                counters, mlp.down.weight,
             )
         )  # fmt: skip
         hidden_BTF = stream_gated(
             rows.xs, rows.squares, mlp.gate_up.weight, norms.offsets[first + 1], eps, counters,
-            None if following is None else following.attention.qkv.weight,
+            following.attention.qkv.weight,
         )  # fmt: skip
         return Rows(
             *stream_residual(
