@@ -1,4 +1,4 @@
-"""Python's search for cycles, kept away from imports and from the end of a process.
+"""Python's search for cycles, kept away from imports, from samples, and from the end of a process.
 
 PyTorch and MLflow make a million objects, none of them garbage. To look through them again and again while they are
 imported takes a second of five, and to look through all of them when the process ends as much again.
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """For imports; what is measured runs with the collector as Python sets it."""
+    """Inside, Python looks for no cycles; afterwards as before."""
     enabled = gc.isenabled()
     gc.disable()
     try:

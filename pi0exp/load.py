@@ -45,22 +45,30 @@ def write_record(record: Record, directory: Path) -> Path:
         content = gzip.compress(content, mtime=0)  # the same record, the same bytes
         chosen, other = other, chosen
     path: Path = folder / f"{record['key']}{chosen}"
+    write_whole(path, content)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)  # temporary files are their owner's only; this one is committed
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
         (folder / f"{record['key']}{other}").unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     return path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is to be committed, and its folder. It is there whole or not. Raises UserError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
+            try:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)  # temporary files are their owner's only
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
 
 
 def try_folder(directory: Path) -> None:

@@ -15,6 +15,7 @@ from statistics import fmean, median, pstdev
 
 import torch
 
+from pi0exp import collection
 from pi0exp.config import MeasureConfig
 from pi0exp.interval import CONFIDENCE, autocorrelation_time, median_interval
 from pi0exp.subject import Progress
@@ -32,14 +33,9 @@ OUTLIER = 1.5
 @contextmanager
 def quiet() -> Iterator[None]:
     """No garbage collection in the middle of a sample."""
-    enabled = gc.isenabled()
     gc.collect()
-    gc.disable()
-    try:
+    with collection.paused():
         yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def device_sample_ms(call: Call, index: int, device: torch.device) -> float:

@@ -11,6 +11,7 @@ from search_fakes import CPU, H200, Log, composed_once, cost_ms, measured, space
 from pi0exp import compose, config, outcomes
 from pi0exp.errors import UserError
 from pi0exp.experiments.tables import conf
+from pi0exp.load import write_whole
 from pi0exp.search import closing, stack_file
 from pi0exp.search.loop import Named
 from pi0exp.search.plan import Plan
@@ -163,7 +164,7 @@ def test_file_composes_to_the_stack_that_won(tmp_path):
     words = ["attention=triton", "attention.prefill=sdpa", "compile_mode=default", "compile_mode.region=block"]
     row = space.row_of(plain_config("stack=h200_best", *words, "fusion.rewrites.hoist_time=false"))
     file = tmp_path / "stack" / "best_toy.yaml"
-    stack_file.write(file, stack_file.text(space.words(row), "The fastest.", ["when: today", "a " * 90], ASKED))
+    write_whole(file, stack_file.text(space.words(row), "The fastest.", ["when: today", "a " * 90], ASKED).encode())
     made = compose.from_words([f"hydra.searchpath=[file://{tmp_path}]", "stack=best_toy"])
     assert config.stack(made) == space.stack(row)
     assert conf.comment(file) == "The fastest", "what tables of stacks show"

@@ -7,11 +7,12 @@ measured once more, on other observations (`workload.seed`), in turns, and only 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
+from typing import TypeVar
 
 from pi0exp.point import tell
 from pi0exp.search.loop import Measure, Named
 from pi0exp.search.settings import Objective, SearchConfig
-from pi0exp.search.trial import Trial, dominates
+from pi0exp.search.trial import Trial, called, dominates
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,6 @@ class Contestant:
     first: Trial | None
     again: tuple[Trial, ...] = ()
 
-    @property
-    def label(self) -> str:
-        return f"stack={self.name}" if self.name else " ".join(self.words)
-
     def infeasible(self, objectives: Sequence[Objective]) -> str:
         """As that of the first of its closing measurements that is not feasible."""
         return next((reason for trial in self.again if (reason := trial.infeasible(objectives))), "")
@@ -37,16 +34,17 @@ class Contestant:
         return tuple(geometric_mean(values) for values in each)
 
 
+T = TypeVar("T", Trial, Contestant)
+
+
 def candidates(trials: Sequence[Trial], settings: SearchConfig) -> list[Contestant]:
     """The best of the search and the best named stack, each once; none where no trial is feasible."""
     objectives = settings.objectives
     feasible = sorted(
         (trial for trial in trials if not trial.infeasible(objectives)), key=lambda trial: trial.values(objectives)
     )
-    chosen = front(feasible, objectives) if len(objectives) > 1 else feasible
-    if len(objectives) > 1:
-        chosen = spread(chosen, settings.candidates)
-    chosen = chosen[: settings.candidates]
+    several = len(objectives) > 1
+    chosen = spread(front(feasible, objectives), settings.candidates) if several else feasible[: settings.candidates]
     best_named = next((trial for trial in feasible if trial.name), None)
     if best_named is not None and best_named not in chosen:
         chosen = [*chosen, best_named]
@@ -60,11 +58,11 @@ def with_standing(contestants: Sequence[Contestant], standing: Named) -> list[Co
     return [*contestants, Contestant(standing.words, standing.name, None)]
 
 
-def front(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
-    """Those that no other one dominates."""
-    values = [trial.values(objectives) for trial in trials]
+def front(measured: Sequence[T], objectives: Sequence[Objective]) -> list[T]:
+    """Those that no other one dominates, in their order."""
+    values = [one.values(objectives) for one in measured]
     return [
-        trial for trial, own in zip(trials, values, strict=True) if not any(dominates(other, own) for other in values)
+        one for one, own in zip(measured, values, strict=True) if not any(dominates(other, own) for other in values)
     ]
 
 
@@ -84,7 +82,7 @@ def measured_again(
     again: list[list[Trial]] = [[] for _ in contestants]
     for turn in range(settings.repeats):
         for one, made in zip(contestants, again, strict=True):
-            tell(f"search: closing comparison, {turn + 1} of {settings.repeats}: {one.name or ' '.join(one.words)}")
+            tell(f"search: closing comparison, {turn + 1} of {settings.repeats}: {called(one.words, one.name)}")
             made.append(Trial(one.words, measure([*one.words, f"workload.seed={seed + 1 + turn}"]), one.name))
     return [
         Contestant(one.words, one.name, one.first, tuple(made)) for one, made in zip(contestants, again, strict=True)
@@ -95,9 +93,3 @@ def ranking(contestants: Sequence[Contestant], objectives: Sequence[Objective]) 
     """The feasible ones by their closing measurements, the fastest first."""
     feasible = [one for one in contestants if not one.infeasible(objectives)]
     return sorted(feasible, key=lambda one: one.values(objectives))
-
-
-def closing_front(ranked: Sequence[Contestant], objectives: Sequence[Objective]) -> list[Contestant]:
-    """Those of the ranking that no other one dominates in the closing measurements, the fastest first."""
-    values = [one.values(objectives) for one in ranked]
-    return [one for one, own in zip(ranked, values, strict=True) if not any(dominates(other, own) for other in values)]

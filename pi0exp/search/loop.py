@@ -12,7 +12,7 @@ from pi0exp.point import tell
 from pi0exp.search.proposals import Proposals
 from pi0exp.search.settings import SearchConfig
 from pi0exp.search.space import Row, Space
-from pi0exp.search.trial import Trial, counted
+from pi0exp.search.trial import Trial, called, counted
 
 Measure = Callable[[Sequence[str]], dict[str, Any]]
 """Words of a stack -> what its run returned; see pi0exp.point."""
@@ -48,22 +48,16 @@ class Found:
 def search(space: Space, named: Sequence[Named], settings: SearchConfig, measure: Measure) -> Found:
     """All trials, the named stacks first."""
     proposals = Proposals(space, len(settings.objectives), settings.seed)
-    found, known = Found(), {}
+    found, known = Found(), set[tuple[str, ...]]()
 
     def measured(words: tuple[str, ...], name: str = "") -> Trial:
-        best = min(
-            (
-                trial.values(settings.objectives)[0]
-                for trial in found.trials
-                if not trial.infeasible(settings.objectives)
-            ),
-            default=None,
-        )
+        feasible = (trial for trial in found.trials if not trial.infeasible(settings.objectives))
+        best = min((trial.values(settings.objectives)[0] for trial in feasible), default=None)
         so_far = "" if best is None else f", best so far {best:.2f} ms"
-        tell(f"search: point {len(found.trials) + 1} of {settings.n_trials}{so_far}: {name or ' '.join(words)}")
+        tell(f"search: point {len(found.trials) + 1} of {settings.n_trials}{so_far}: {called(words, name)}")
         trial = Trial(words, measure(words), name)
         found.trials.append(trial)
-        known[words] = trial
+        known.add(words)
         return trial
 
     names = {one.words: one.name for one in named}

@@ -5,6 +5,7 @@ from typing import Any
 
 from pi0exp import compose, outcomes
 from pi0exp.card import console
+from pi0exp.load import write_whole
 from pi0exp.point import tell
 from pi0exp.result import Outcome
 from pi0exp.search import closing, loop, shown, stack_file
@@ -38,12 +39,12 @@ def run(plan: Plan, measure: loop.Measure, command: str) -> None:
         where = "in the closing comparison" if contestants else "of the search"
         show(f"no point {where} is ok and computes the same actions, so there is no best one")
         return
-    front = closing.closing_front(ranked, settings.objectives)
+    front = closing.front(ranked, settings.objectives)
     show(shown.result(found, ranked, front, settings, plain))
     if plan.path is not None:
         evidence = shown.evidence(found, ranked, front, settings, command, plain)
         head = shown.head(ranked[0], settings.objectives, plan.path)
-        stack_file.write(plan.path, stack_file.text(ranked[0].words, head, evidence, plan.asked))
+        write_whole(plan.path, stack_file.text(ranked[0].words, head, evidence, plan.asked).encode())
         show(f"{plan.path} is written; to run it: {stack_file.usage(plan.path)}")
     for tried in outcomes.POINTS:
         tried["exit_code"] = Outcome.OK.exit_code  # a stack that failed is no candidate; the search itself succeeded

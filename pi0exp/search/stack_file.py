@@ -6,8 +6,6 @@ stack=best_<gpu>` finds; a NAME.yaml is that file. Whether it can be written, an
 is looked at before the search starts.
 """
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,18 +86,6 @@ def _comment(sentence: str) -> list[str]:
             line = "#  "
         line += f" {word}"
     return [*lines, line]
-
-
-def write(path: Path, content: str) -> None:
-    """Whole or not at all. Raises UserError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
-            file.write(content)
-        os.chmod(file.name, 0o644)  # temporary files are their owner's only; this one is committed
-        os.replace(file.name, path)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
 
 
 def usage(path: Path) -> str:

@@ -12,6 +12,11 @@ from pi0exp.search.settings import Objective
 P50, ERROR = "latency_ms/p50", "error/rel_l2"
 
 
+def called(words: Sequence[str], name: str) -> str:
+    """A stack in progress lines and lists: its name, or the words of one that has none."""
+    return name or " ".join(words)
+
+
 @dataclass(frozen=True)
 class Trial:
     """words: of the stack, without those that hold for all. point: what the run returned. name: of a named stack."""
@@ -19,11 +24,6 @@ class Trial:
     words: tuple[str, ...]
     point: dict[str, Any]
     name: str = ""
-
-    @property
-    def label(self) -> str:
-        """The named stack, or the words that differ from plain PyTorch."""
-        return f"stack={self.name}" if self.name else " ".join(self.words)
 
     @property
     def metrics(self) -> dict[str, float]:
