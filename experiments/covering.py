@@ -19,10 +19,11 @@ import argparse
 import random
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, combinations
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -32,6 +33,7 @@ from pi0exp.errors import UserError
 from pi0exp.machine import this_machine
 from pi0exp.option import STAGES, Option
 from pi0exp.result import CONFIG_ERROR
+from pi0exp.search.space import common_switches
 
 Row = dict[str, str]
 """Factor -> its words of the command line; none where the factor is left alone."""
@@ -74,18 +76,22 @@ def space(models: list[str], keep: Callable[[str, str, Option], bool]) -> Space:
     """
     plain, files = compose.defaults(), compose.files()
     options: dict[str, dict[str, Option]] = {}
+    nodes: dict[str, dict[str, dict[str, Any]]] = {}
     with compose.session():
         for group in config.GROUPS:
             names = sorted(files[group], key=lambda name: name != plain[group])
-            made = {name: config.option(group, compose.option_node(group, name)) for name in names}
+            nodes[group] = {name: compose.option_node(group, name) for name in names}
+            made = {name: config.option(group, node) for name, node in nodes[group].items()}
             options[group] = {name: option for name, option in made.items() if keep(group, name, option)}
     factors = {"model": tuple(f"model={name}" for name in models)}
     for group, named in options.items():
         factors[group] = tuple(f"{group}={name}" for name in named)
         for stage in STAGES if group in compose.STAGED else ():
             factors[f"{group}.{stage}"] = ("", *(f"{group}.{stage}={name}" for name in named))
-        for section, switch in _switches(list(named.values())):
-            factors[f"{group}.{section}.{switch}"] = ("", f"{group}.{section}.{switch}=true")
+        for switch in common_switches(nodes[group], list(named)):
+            section, _, key = switch.partition(".")
+            if not nodes[group][next(iter(named))][section][key]:  # as the plain option has it
+                factors[f"{group}.{switch}"] = ("", f"{group}.{switch}=true")
     workloads = sorted(files["workload"], key=lambda name: name != plain["workload"])
     factors["workload"] = (*(f"workload={name}" for name in workloads), ROWS)
 
@@ -111,18 +117,6 @@ def space(models: list[str], keep: Callable[[str, str, Option], bool]) -> Space:
         return [f"{where}: {reason}" for where, option in stack.parts() for reason in option.clashes(stack)]
 
     return Space(factors, clashes)
-
-
-def _switches(options: list[Option]) -> list[tuple[str, str]]:
-    """(section, switch) of what each of these options has, false by default in the first, in a section of its own."""
-
-    def of(option: Option) -> list[tuple[str, str]]:
-        sections = [one.name for one in fields(option) if is_dataclass(getattr(option, one.name))]
-        inner = [(section, one.name) for section in sections for one in fields(getattr(option, section))]
-        return [(section, name) for section, name in inner if isinstance(getattr(getattr(option, section), name), bool)]
-
-    plain = [(section, name) for section, name in of(options[0]) if not getattr(getattr(options[0], section), name)]
-    return [switch for switch in plain if all(switch in of(option) for option in options[1:])]
 
 
 def pairs_of(row: Row) -> Iterator[Pair]:

@@ -146,7 +146,7 @@ def space(plain: dict[str, Any], narrowed: Narrowed, machine: Machine) -> Space:
             factors[group] = ready
         if group == "compile_mode":
             factors[REGION] = list(REGIONS)
-        factors |= {f"{group}.{switch}": list(SWITCHES) for switch in _common_switches(nodes[group], ready)}
+        factors |= {f"{group}.{switch}": list(SWITCHES) for switch in common_switches(nodes[group], ready)}
     kept = narrowed.of(factors, left_out)
     if not any("region" in nodes["compile_mode"][name] for name in kept["compile_mode"]):
         kept[REGION] = [REGIONS[0]]
@@ -180,7 +180,7 @@ def _options(
     return nodes, ready
 
 
-def _common_switches(nodes: dict[str, Node], ready: Sequence[str]) -> list[str]:
+def common_switches(nodes: dict[str, Node], ready: Sequence[str]) -> list[str]:
     """section.key of what is true or false and stands in a section of its own, in each of these options."""
     found = [
         [
