@@ -5,20 +5,16 @@ a script, which prints a line of JSON for each point.
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy
+import interpreter
 import pytest
 import torch
-import triton
 from helpers import built, noise_for, plain_config, subject_of, tiny_observation, tiny_policy
-from packaging.version import Version
+from interpreter import interprets
 from torch import Tensor
 
 from pi0exp import build, config
@@ -36,11 +32,6 @@ from pi0exp.policy import Policy
 from pi0exp.verify import FP32_LIMIT, rel_l2
 
 Op = Callable[..., Tensor]
-# Up to 2.3 numpy takes an array of one value for a number, on which older interpreters count in loops.
-interprets = pytest.mark.skipif(
-    Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"),
-    reason=f"the interpreter of triton {triton.__version__} needs numpy < 2.4",
-)
 
 # What a kernel call may lose: (op, its arguments) -> result.
 FAULTS: dict[str, Callable[..., Tensor]] = {
@@ -126,20 +117,7 @@ def interpret(points: list[list[str]]) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(request) -> dict[tuple[str, ...], Any]:
-    """(kind, *point) -> what came of it, of the points whose tests were asked for."""
-    own = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    params = [item.callspec.params for item in own]
-    points = [list(p["point"]) for p in params if "point" in p]
-    repository = Path(__file__).resolve().parent.parent
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps(points)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(repository)},
-        capture_output=True,
-        text=True,
-        timeout=2400,
-    )
-    assert done.returncode == 0, done.stderr
-    return {tuple(point): found for point, found in map(json.loads, done.stdout.splitlines())}
+    return interpreter.of_points(request)
 
 
 @interprets

@@ -9,20 +9,16 @@ function is held to float64 here, and bfloat16 to its bound on a GPU: `test_bloc
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
-import numpy
+import interpreter
 import pytest
 import torch
-import triton
 from helpers import noise_for, plain_config, tiny_observation, tiny_policy
-from packaging.version import Version
+from interpreter import interprets
 from torch import Tensor
 
 from pi0exp import build, config
@@ -37,11 +33,6 @@ from pi0exp.model.precision import BF16, FP32, FP32_TRUTH
 from pi0exp.policy import Policy
 from pi0exp.verify import FP32_LIMIT, rel_l2
 
-# Up to 2.3 numpy takes an array of one value for a number, on which older interpreters count in loops.
-interprets = pytest.mark.skipif(
-    Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"),
-    reason=f"the interpreter of triton {triton.__version__} needs numpy < 2.4",
-)
 OBSERVATIONS = {
     "full": {"lengths": (8,)},  # and of one camera only
     "no prompt": {"cameras": ((1, 0, 0),), "lengths": (0,)},
@@ -158,19 +149,7 @@ def interpret(points: list[list[str]]) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(request) -> dict[tuple[str, ...], Any]:
-    """(kind, *point) -> what came of it, of the points whose tests were asked for."""
-    own = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    points = [list(item.callspec.params["point"]) for item in own if "point" in item.callspec.params]
-    repository = Path(__file__).resolve().parent.parent
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps(points)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(repository)},
-        capture_output=True,
-        text=True,
-        timeout=2400,
-    )
-    assert done.returncode == 0, done.stderr
-    return {tuple(point): found for point, found in map(json.loads, done.stdout.splitlines())}
+    return interpreter.of_points(request)
 
 
 def points(kind: str, quick: list[tuple[str, ...]], thorough: list[tuple[str, ...]]) -> list[Any]:

@@ -4,18 +4,14 @@ Kernels run under Triton's interpreter, which is chosen at import: in a process 
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy
+import interpreter
 import pytest
 import torch
-import triton
 from helpers import CPU, noise_for, plain_config, tiny_observation
-from packaging.version import Version
+from interpreter import interprets
 from torch import Tensor
 
 from pi0exp import build, config
@@ -165,18 +161,10 @@ for name, wrong, arguments in (
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str]:
     """Name of a check -> what was wrong, from a process under the interpreter."""
-    command = [sys.executable, str(Path(__file__))]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dict(json.loads(line) for line in done.stdout.splitlines())
+    return dict(interpreter.lines(Path(__file__), timeout_s=540))
 
 
-# 1.26 to 2.3 turn an array of one value into a number on their own; older interpreters count on it.
-@pytest.mark.skipif(
-    Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"),
-    reason=f"the interpreter of triton {triton.__version__} needs numpy < 2.4",
-)
+@interprets
 @pytest.mark.parametrize("name", CHECKS)
 def test_under_the_interpreter(name: str, outcomes: dict[str, str]):
     assert outcomes[name] == ""

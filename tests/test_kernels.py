@@ -6,19 +6,15 @@ a script, which prints a line of JSON for each case.
 
 import json
 import math
-import os
-import subprocess
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
-import numpy
+import interpreter
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
-from packaging.version import Version
+from interpreter import interprets
 from torch._subclasses import FakeTensorMode
 
 from pi0exp.kernels import kernel as contract
@@ -32,11 +28,6 @@ needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU that torch can use; this machine has none"
 )
 compiles = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: kernels cannot be traced")
-# Up to 2.3 numpy takes an array of one value for a number, on which older interpreters count in loops.
-interprets = pytest.mark.skipif(
-    Version(triton.__version__) < Version("3.7") and Version(numpy.__version__) >= Version("2.4"),
-    reason=f"the interpreter of triton {triton.__version__} needs numpy < 2.4",
-)
 
 
 def case_of(name: str, case: str) -> Case:
@@ -76,18 +67,7 @@ def interpret(names: list[str]) -> None:
 @pytest.fixture(scope="module")
 def interpreted(request) -> dict[tuple[str, str], dict[str, Any]]:
     """(kernel, case) -> record, of the kernels whose tests were asked for."""
-    own = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    names = sorted({item.callspec.params["name"] for item in own if "name" in item.callspec.params})
-    repository = Path(__file__).resolve().parent.parent
-    done = subprocess.run(
-        [sys.executable, __file__, *names],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(repository)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    records = [json.loads(line) for line in done.stdout.splitlines()]
+    records = interpreter.lines(request.path, *sorted({*interpreter.asked(request, "name")}), timeout_s=500)
     return {(record["kernel"], record["case"]): record for record in records}
 
 
