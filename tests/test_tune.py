@@ -7,19 +7,19 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from pi0exp.kernels import stream_launch, tune
+from pi0exp.kernels import stream_launch, tune, tune_candidates
 from pi0exp.kernels.ahead import FEW_ROWS, asked
 from pi0exp.kernels.skinny_gemm import OTHERS, Launch
 from pi0exp.kernels.stream_launch import START, Attend
 
-NAMES = [(rows, name) for rows in tune.SIZES for name in tune.names(rows)]
+NAMES = [(rows, name) for rows in tune_candidates.SIZES for name in tune_candidates.names(rows)]
 
 
 @pytest.mark.parametrize(("rows", "name"), NAMES)
 def test_launches_to_begin_with_are_tried_first(rows, name):
-    found = tune.candidates(rows, name)
+    found = tune_candidates.candidates(rows, name)
     assert found[0] == START["sm_90"][name]
-    assert 10 < len(found) == len(set(found)) <= tune.MOST + 1
+    assert 10 < len(found) == len(set(found)) <= tune_candidates.MOST + 1
     assert isinstance(found[0], Attend if "attention" in name else Launch)
 
 
