@@ -6,6 +6,7 @@ imported takes a second of five, and to look through all of them when the proces
 
 import atexit
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,5 +25,11 @@ def paused() -> Iterator[None]:
 
 def skip_at_exit() -> None:
     """Leave what is there at the end of the process to the system, which takes its memory back at once."""
-    atexit.unregister(gc.freeze)
-    atexit.register(gc.freeze)
+    atexit.unregister(_freeze)
+    atexit.register(_freeze)
+
+
+def _freeze() -> None:
+    # Triton's bindings call what is not looked through a leak, and print pages about it.
+    if "triton._C.libtriton" not in sys.modules:
+        gc.freeze()
