@@ -1,6 +1,6 @@
 """Apply a stack to a policy, option by option, in the order of the stack's fields."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,17 +13,23 @@ if TYPE_CHECKING:
     from pi0exp.machine import Machine
 
 
-def apply_stack(policy: Policy, stack: Stack) -> Iterator[tuple[str, Option]]:
+def apply_stack(
+    policy: Policy, stack: Stack, before: Callable[[Option], None] = lambda option: None
+) -> Iterator[tuple[str, Option]]:
     """Apply the options one after the other; yields (group, option) after each that changed the policy.
 
-    Where an option differs between stages, the one that promises least speaks for all of them.
+    before: is called with each option that can change the policy, while it has not. Where an option differs between
+    stages, the one that promises least speaks for all of them.
     """
     for group, option in stack.options():
         policy.begin(group)
+        spokesman = max((part for _, part in option.parts()), key=lambda part: part.numerics.rank)
+        if not option.idle:
+            before(spokesman)
         with torch.no_grad():
             option.apply(policy)
         if group in policy.applied:
-            yield group, max((part for _, part in option.parts()), key=lambda part: part.numerics.rank)
+            yield group, spokesman
 
 
 def unmet(stack: Stack, machine: "Machine") -> list[str]:

@@ -90,6 +90,11 @@ class Option:
     def apply(self, policy: Policy) -> None:
         """Change `policy` through its `fill`, `wrap_...` and `prepare_with`; the plain option does nothing."""
 
+    @property
+    def idle(self) -> bool:
+        """Whether it leaves every policy as it is, as the plain option of a group does."""
+        return type(self).apply is Option.apply
+
     def proof(self) -> str:
         """A regular expression that some GPU kernel or runtime call of a profile must match if this really ran.
 
@@ -150,6 +155,11 @@ class StagedOption(Option):
 
     def apply_to(self, policy: Policy, stages: tuple[str, ...]) -> None:
         """Change the given stages of `policy`; the plain option does nothing."""
+
+    @property
+    def idle(self) -> bool:
+        parts = [part for _, part in self.parts()]
+        return all(isinstance(part, StagedOption) and type(part).apply_to is StagedOption.apply_to for part in parts)
 
     def parts(self) -> list[tuple[str, Option]]:
         others = [(stage, option) for stage in STAGES if (option := getattr(self, stage)) is not None]

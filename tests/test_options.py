@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pi0exp import build, config
 from pi0exp.attention.eager import Eager
 from pi0exp.attention.sdpa import Sdpa
+from pi0exp.checked import apply_checked
 from pi0exp.config import GROUPS
 from pi0exp.image_masking.skip import without_absent_cameras
 from pi0exp.machine import Machine
@@ -315,6 +316,27 @@ def test_exact_option_behind_another_is_compared_with_that():
     found = wrong("tiny", "attention=sdpa", graphs=Scaled(factor=1 + 2**-20))
     assert len(found) == 1
     assert found[0].startswith("graphs declared EXACT")
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "calls"),
+    [
+        (["attention=sdpa", "fusion=projections"], {}, [1, 1, 2]),  # compared as a whole, at the end
+        (["attention=sdpa"], {"graphs": Scaled(factor=1.0)}, [1, 2, 1, 2]),  # EXACT: before it and after it
+        ([], {"graphs": Scaled(factor=1.0)}, [1, 2]),  # before it there is the plain model
+        ([], {}, []),
+    ],
+)
+def test_only_what_is_compared_is_computed(words: list[str], options: dict[str, Option], calls: list[int]):
+    stack = with_option(few_steps(*words), **options).stack
+    asked: list[int] = []
+
+    def run(few: int) -> list[Tensor]:
+        asked.append(few)
+        return [torch.zeros(1)] * few
+
+    checked = apply_checked(tiny_policy(), stack, run, [torch.zeros(1)] * 2, lambda text: None)
+    assert (asked, checked.failures, len(checked.found)) == (calls, [], 2)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -41,6 +41,10 @@ class Fusion(Option):
         """EXACT where nothing is switched on; merged products and fused roundings come in another order."""
         return Numerics.REORDERED if self.chosen() else Numerics.EXACT
 
+    @property
+    def idle(self) -> bool:
+        return not self.chosen()
+
     def chosen(self) -> list[str]:
         """The switches that are on."""
         own = [one.name for one in fields(self) if getattr(self, one.name) is True]

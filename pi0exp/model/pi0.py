@@ -136,7 +136,10 @@ class Pi0(nn.Module):
         self.config, self.precision = config, precision
         width = config.expert.width
         self.vision = Siglip(config.vision, config.paligemma.width, config.norm_eps)
-        self.embedding = nn.Embedding(config.vocab_size, config.paligemma.width)
+        # Given a matrix it draws no numbers, which would be thrown away and, on the meta device, import a compiler.
+        self.embedding = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.paligemma.width), freeze=False
+        )
         self.paligemma = Gemma(config.paligemma, config, adaptive=False)
         self.expert = Gemma(config.expert, config, adaptive=config.pi05)
         self.rope = Rope(config.head_dim, config.rope_theta, precision.rounded)

@@ -26,6 +26,11 @@ class PrecisionOption(Option):
     def holds(self) -> str:
         return "tf32=true" if self.tf32 else ""
 
+    @property
+    def idle(self) -> bool:
+        """The model was built in it, with the switch set."""
+        return type(self).apply is PrecisionOption.apply
+
     def apply(self, policy: Policy) -> None:
         allow_tf32(self.tf32)
         policy.note(
