@@ -201,7 +201,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pi0exp.breakdown",
         description="Where the GPU's time goes, by category, stage, kernel and shape of matrix product.",
-        epilog="example: python -m pi0exp.breakdown trace.json.gz    exit codes: 0; 2 for a file that cannot be read",
+        epilog="example: python -m pi0exp.breakdown trace.json.gz\n\n"
+        "Where kernels overlap, each instant counts for the one that began first: times add up to the time in which\n"
+        "the GPU does anything.\n\n"
+        "exit codes: 0; 2 for a file that cannot be read",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "file",
