@@ -80,8 +80,8 @@ def load_model(case: str, precision: Precision = FP32) -> Pi0:
     return model.requires_grad_(False)
 
 
-def observation_of(case: str) -> Observation:
-    given = _load(CASES[case]["inputs"])
+def observation_of(case: str, rows: slice = slice(None)) -> Observation:
+    given = {name: array[rows] for name, array in _load(CASES[case]["inputs"]).items()}
     return observation_from_arrays(
         {camera: given[f"images.{camera}"].numpy() for camera in CAMERAS},
         {camera: given[f"image_masks.{camera}"].numpy() for camera in CAMERAS},

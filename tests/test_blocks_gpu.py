@@ -1,14 +1,24 @@
-"""fusion=blocks on a GPU, on models of full width with two layers a stage; `test_blocks` has what a CPU can show."""
+"""fusion=blocks on a GPU, on models of full width with two layers a stage and on the golden data; `test_blocks` has what
+a CPU can show."""
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
+from golden import BF16_CASES, config_of, load_model, noise_of, num_steps_of, observation_of, outputs_of
 from helpers import plain_config, tiny_observation
+from torch import Tensor
 
-from pi0exp import subject
+from pi0exp import build, config, subject
+from pi0exp.fusion import blocks
+from pi0exp.kernels.skinny_gemm import MAX_ROWS
+from pi0exp.model.precision import BF16
+from pi0exp.option import Numerics
+from pi0exp.policy import Policy
 from pi0exp.policy_subject import PolicySubject
-from pi0exp.verify import SINGLE_RATIO, rel_l2
+from pi0exp.subject import Verdict
+from pi0exp.verify import SINGLE_RATIO, judge, rel_l2
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,3 +76,48 @@ def test_verified(model: str, stack: str, horizon: int):
     for workload in ("default", "masked"):
         words = (f"stack={stack}", f"model={model}", f"workload={workload}", f"workload.horizon={horizon}")
         assert shallow(*words).build(torch.device("cuda", 0), 8, lambda text: None).verdict.wrong == []
+
+
+# ---- the golden data
+
+
+def golden_pieces(model: str) -> Iterator[tuple[str, slice]]:
+    """The model's cases, and rows of each that a stream can take together: all, or one by one where all are too many."""
+    for case in BF16_CASES:
+        if config_of(case).pi05 == (model == "pi05"):
+            batch, tokens, _ = noise_of(case).shape
+            tokens += config_of(case).suffix_prelude
+            together = batch if batch * tokens <= MAX_ROWS else 1
+            yield from ((case, slice(row, row + together)) for row in range(0, batch, together))
+
+
+def golden_actions(model: str, device: torch.device, *words: str) -> list[Tensor]:
+    """Actions in bf16 of the stack that the words choose, for every piece."""
+    stack, actions = config.stack(plain_config(*words)), []
+    for case, rows in golden_pieces(model):
+        noise_BCA = noise_of(case)[rows].to(device)
+        policy = Policy(load_model(case, BF16).to(device), noise_BCA.shape[1], num_steps_of(case))
+        for _ in build.apply_stack(policy, stack):
+            pass
+        actions.append(policy.sample_actions(observation_of(case, rows).to(device), noise_BCA).cpu())
+    return actions
+
+
+def golden_verdict(model: str, device: torch.device, *words: str) -> Verdict:
+    """Held against the plain model on the same device. The truth is the original's own, in float32 arithmetic."""
+    truth = [outputs_of(case)["actions_float32"][rows] for case, rows in golden_pieces(model)]
+    found, plain = golden_actions(model, device, *words), golden_actions(model, device)
+    return judge(found, plain, truth, Numerics.REORDERED, "bf16")
+
+
+@pytest.mark.parametrize("model", ["pi0", "pi05"])
+def test_golden_observations(model: str, monkeypatch: pytest.MonkeyPatch):
+    """Absent cameras and padded prompts, some rows of a batch masked differently, with the weights of the original."""
+
+    def too_many_rows(*given: object) -> Tensor:
+        raise AssertionError("this was the plain step, not a stream")
+
+    monkeypatch.setattr(blocks, "plain_step", too_many_rows)
+    verdict = golden_verdict(model, torch.device("cuda", 0), "fusion=blocks")
+    assert verdict.wrong == []
+    assert verdict.metrics["error/ratio_mean"] != 1, "the blocks were not in the way"
