@@ -4,8 +4,8 @@
 
 Each group of words, divided by --, is a stack on a workload. A policy is built with random weights, warmed up and timed
 60 times; 3 more calls are profiled. A second or two a stack, once its kernels are compiled. Written: the samples, the
-breakdown of a call, the machine. In a chain of dependent launches a kernel's time contains its wait for the one in
-front: the times of its kernels overlap.
+breakdown of a call, the machine. In a chain of dependent launches a kernel begins, and waits, while the one in front
+runs: that time counts for the one in front alone (pi0exp/timeline.py).
 
 Exit codes: 0; 2 wrong words; 3 no GPU, or a stack that it cannot run.
 """

@@ -2,7 +2,8 @@
 
 FILE is a trace of any profiler that pi0exp.traces reads. Each kernel falls into the first category of
 pi0exp.kernel_table that its name matches. Every run on a GPU carries these figures as metrics and the trace they come
-from as a file.
+from as a file. Where slices overlap, each instant counts for the one that began first (pi0exp.timeline), so that times
+add up; a viewer of the trace shows longer durations of the same kernels.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from pi0exp.products import ProductRow, product_rows
 from pi0exp.replay import tell
 from pi0exp.result import CONFIG_ERROR
 from pi0exp.slices import Ceilings, Slice, Trace
+from pi0exp.timeline import extent, own
 from pi0exp.traces import read_trace
 
 STAGES = ("vision", "prefill", "denoise", "other")
@@ -28,7 +30,7 @@ STAGES = ("vision", "prefill", "denoise", "other")
 
 @dataclass(frozen=True)
 class KernelRow:
-    """All slices of one name. count, ms: of one call. share: of the time of all."""
+    """All slices of one name. count, ms: of one call; ms is their own time. share: of that of all."""
 
     name: str
     category: str
@@ -41,10 +43,10 @@ class KernelRow:
 class Breakdown:
     """The GPU time of one call, the mean of `calls`; of the whole file where calls is 1 and the file marks none.
 
-    ms: category -> milliseconds of its slices, which add up to kernels_ms. launches: kernels, copies and fills.
-    span_ms: from the first slice to the last, with the gaps between calls; busy_ms: of it, the union of the slices;
-    overlap_ms: what runs beside another slice, so busy_ms = kernels_ms - overlap_ms and the rest of the span is idle.
-    None where the file has only sums.
+    ms: category -> milliseconds that are its slices' own, which add up to kernels_ms. launches: kernels, copies, fills.
+    span_ms: from the first slice to the last, with the gaps between calls; busy_ms: of it, where any slice runs, which
+    is kernels_ms in another way of counting; the rest is idle; overlap_ms: of it, where two or more run. None where the
+    file has only sums: kernels_ms then counts an instant as often as there are slices in it.
     stages: stage -> category -> milliseconds; stage_ms: stage -> milliseconds from its first slice to what follows it.
     Both empty where stages are not told; stages_by says how they are, or why they are not.
     products: the shapes that are known; products_ms: their share of ms["gemm"], in milliseconds.
@@ -92,12 +94,12 @@ class Breakdown:
             made |= {
                 "gpu/idle_share": 1 - self.busy_ms / self.span_ms,
                 "gpu/overlap_share": self.overlap_ms / self.span_ms,
-                # More than 1 by what runs beside another slice.
+                # 1, but for roundings, where no slice is lost and no instant is counted twice.
                 "gpu/accounted_share": (self.kernels_ms + self.span_ms - self.busy_ms) / self.span_ms,
             }
         for stage, values in self.stages.items():
             made |= {f"kernels_ms_{stage}/{name}": value for name, value in values.items() if value}
-        if self.products:
+        if self.products_ms:
             made["gemm/shapes_known_share"] = self.products_ms / self.ms["gemm"]
             made["gemm/tflop_per_s"] = _flops(self.products) / self.products_ms / 1e9
             if rated := [row for row in self.products if row.of_ceiling is not None and row.of_roofline is not None]:
@@ -128,7 +130,7 @@ def break_down(trace: Trace, calls: int | None = None) -> Breakdown:
         raise UserError(f"marks {trace.calls} calls itself; leave --calls {calls} out")
     number = trace.calls or calls or 1
     told = tell(trace)
-    slices = told.trace.slices
+    slices = own(told.trace.slices) if trace.timed else told.trace.slices
     ms = dict.fromkeys(CATEGORIES, 0.0)
     names: dict[str, list[Slice]] = defaultdict(list)
     for one in slices:
@@ -142,9 +144,10 @@ def break_down(trace: Trace, calls: int | None = None) -> Breakdown:
         spent = sum(one.duration_us for one in group) * 1e-3 / number
         count = sum(one.count for one in group) / number
         kernels.append(KernelRow(name, category(group[0]), count, spent, spent / total))
-    span = busy = None
+    span = busy = overlap = None
     if trace.timed:
-        span, busy = (us * 1e-3 / number for us in _span_and_union(slices))
+        whole = extent(trace.slices)
+        span, busy, overlap = (us * 1e-3 / number for us in (whole.span_us, whole.busy_us, whole.overlap_us))
     return Breakdown(
         format=trace.format,
         calls=number,
@@ -152,7 +155,7 @@ def break_down(trace: Trace, calls: int | None = None) -> Breakdown:
         ms=ms,
         span_ms=span,
         busy_ms=busy,
-        overlap_ms=None if busy is None else max(total - busy, 0.0),  # sums in another order may differ by a rounding
+        overlap_ms=overlap,
         stages_by=told.stages or f"not told apart: {told.why}",
         kernels=sorted(kernels, key=lambda row: -row.ms),
         stages=_stages(slices, number) if told.stages else {},
@@ -160,16 +163,6 @@ def break_down(trace: Trace, calls: int | None = None) -> Breakdown:
         products=product_rows(slices, number, trace.ceilings),
         ceilings=trace.ceilings,
     )
-
-
-def _span_and_union(slices: list[Slice]) -> tuple[float, float]:
-    """Microseconds from the first start to the last end, and of them those in which something runs."""
-    union, reached = 0.0, float("-inf")
-    starts = [one.start_us or 0.0 for one in slices]
-    for start, one in sorted(zip(starts, slices, strict=True), key=lambda pair: pair[0]):
-        union += max(one.end_us - max(start, reached), 0.0)
-        reached = max(reached, one.end_us)
-    return reached - min(starts), union
 
 
 def _stages(slices: list[Slice], calls: int) -> dict[str, dict[str, float]]:
@@ -180,8 +173,9 @@ def _stages(slices: list[Slice], calls: int) -> dict[str, dict[str, float]]:
 
 
 def _stage_ms(slices: list[Slice], calls: int) -> dict[str, float]:
-    """A gap belongs to the stage before it; the one between two calls to none."""
+    """A gap belongs to the stage before it; the one between two calls to none. slices: without overlaps."""
     made = dict.fromkeys(STAGES, 0.0)
+    slices = [one for one in slices if one.duration_us]  # a gap behind one within another is that of the other
     for one, following in zip(slices, [*slices[1:], None], strict=True):
         last = following is None or following.call != one.call
         end = one.end_us if last or following is None else following.start_us
@@ -207,7 +201,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pi0exp.breakdown",
         description="Where the GPU's time goes, by category, stage, kernel and shape of matrix product.",
-        epilog="example: python -m pi0exp.breakdown trace.json.gz    exit codes: 0; 2 for a file that cannot be read",
+        epilog="example: python -m pi0exp.breakdown trace.json.gz\n\n"
+        "Where kernels overlap, each instant counts for the one that began first: times add up to the time in which\n"
+        "the GPU does anything.\n\n"
+        "exit codes: 0; 2 for a file that cannot be read",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "file",

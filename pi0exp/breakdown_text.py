@@ -19,14 +19,15 @@ def text(found: Breakdown, top: int) -> str:
     lines = [f"{found.format}: {found.calls} calls" if found.calls > 1 else found.format]
     lines.append(f"kernels, copies, fills   {found.launches:,.0f} {per}, {found.kernels_ms:.3f} ms")
     if found.span_ms is not None and found.overlap_ms is not None and found.idle_share is not None:
-        doubly = found.overlap_ms > _ROUNDING * found.span_ms
-        overlap = f", {found.overlap_ms:.3f} ms of them beside another" if doubly else ""
-        lines.append(f"span                     {found.span_ms:.3f} ms, idle {100 * found.idle_share:.1f} %{overlap}")
+        lines.append(f"span                     {found.span_ms:.3f} ms, idle {100 * found.idle_share:.1f} %")
+        if found.overlap_ms > _ROUNDING * found.span_ms:
+            share = 100 * found.overlap_ms / found.span_ms
+            lines.append(f"overlap                  {share:.1f} % of the span, counted for the one that began first")
     else:
-        lines.append("span                     not told: the file has only sums")
+        lines.append("span                     not told: the file has only sums, which count overlaps twice")
     lines.append(f"stages                   {found.stages_by}")
     parts = ["\n".join(lines), _rendered(_categories(found)), _rendered(_kernels(found, top))]
-    if found.products:
+    if found.products_ms:
         parts.append(_rendered(_products(found, top)))
         known = 100 * found.products_ms / found.ms["gemm"]
         parts.append(f"The shapes of {known:.0f} % of the GEMM time are known.")
@@ -88,7 +89,7 @@ def _products(found: Breakdown, top: int) -> Table:
             str(one.batch),
             f"{row.count:,.0f}",
             f"{row.ms:.3f}",
-            f"{row.tflop_per_s:.1f}",
+            "-" if row.tflop_per_s is None else f"{row.tflop_per_s:.1f}",
             *shares,
         )
     return made

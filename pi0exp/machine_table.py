@@ -100,8 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pi0exp.machine",
         description="This machine, and for every option and named stack whether it is ready, or why it is not.",
-        epilog="example: python -m pi0exp.machine --json    exit codes: 0, whatever is ready; 2 for a GPU or a plugin"
-        " that cannot be asked",
+        epilog="example: python -m pi0exp.machine --json\n\n"
+        "exit codes: 0, whatever is ready; 2 for a GPU or a plugin that cannot be asked",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="the same as one JSON object")
     given = parser.parse_args(arguments)

@@ -24,8 +24,9 @@ from pi0exp.result import CONFIG_ERROR, Outcome
 from pi0exp.track import Record
 
 LATENCY, POWER, ENERGY, DOUBT = "latency_ms/p50", "power_w/mean", "energy_j/call", "energy_j/uncertainty"
-RATED_W = {"NVIDIA H200": 700.0, "AMD Instinct MI350X": 1000.0}
-"""Rated power of a whole module as its data sheet has it: H200 (SXM, configurable up to 700 W), MI350X (1000 W TBP)."""
+RATED_W = {"NVIDIA H200": 700.0, "NVIDIA H100 80GB HBM3": 700.0, "AMD Instinct MI350X": 1000.0}
+"""Rated power of a whole module as its data sheet has it: H200 and H100 (SXM, configurable up to 700 W), MI350X (1000 W
+TBP)."""
 EPILOG = """examples:
   python -m pi0exp.parity --reference h200.json --candidate mi350.json
   python -m pi0exp.parity --reference h200.json --candidate results/ --reference-watts 700 --candidate-watts 1000

@@ -114,7 +114,12 @@ class Nvml:
 
     def processes(self) -> dict[int, str]:
         found = self._ask("processes", lambda: self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle))
-        return {one.pid: f"{(one.usedGpuMemory or 0) // 2**20} MiB" for one in found}
+        return {one.pid: self._memory(one.usedGpuMemory) for one in found}
+
+    @staticmethod
+    def _memory(used: int | None) -> str:
+        """Of a process; drivers tell it of none that is in another container."""
+        return "memory not told" if used is None else f"{used // 2**20} MiB"
 
     def _momentary_w(self) -> float | None:
         """Watts at this moment; None where this driver or GPU has no such field."""
@@ -204,7 +209,10 @@ class AmdSmi:
 
     def throttle(self) -> list[str]:
         answer = self._ask("throttle reasons", lambda: self._smi.amdsmi_get_violation_status(self._handle))
-        return [words for name, words in _SMI_REASONS.items() if answer.get(name) is True]
+        told = {name: answer[name] for name in _SMI_REASONS if answer.get(name) in (False, True)}
+        if not told:  # not the same as not held down
+            raise SensorError(f"AMD SMI: no throttle reason in {answer}")
+        return [words for name, words in _SMI_REASONS.items() if told.get(name)]
 
     def processes(self) -> dict[int, str]:
         found = self._ask("processes", lambda: self._smi.amdsmi_get_gpu_process_list(self._handle))

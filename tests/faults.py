@@ -105,7 +105,8 @@ _HEAD = """# Faults are results
 
 What comes of whatever goes wrong. `make faults` injects each of these faults, holds every row to what it saw, and
 writes this table. After each of them no process is left, the other points of the sweep are measured, and no broken run
-is `ok`. The exit code is that of the point alone; a sweep ends with the largest of its points'.
+is `ok`. The exit code is that of the point alone; a sweep ends with the largest of its points',
+`unsupported` left out.
 
 | fault | injected into | outcome | exit code | what is kept | what the next start does |
 | --- | --- | --- | ---: | --- | --- |"""

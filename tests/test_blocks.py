@@ -37,10 +37,13 @@ OBSERVATIONS = {
     "full": {"lengths": (8,)},  # and of one camera only
     "no prompt": {"cameras": ((1, 0, 0),), "lengths": (0,)},
     "masked differently": {"cameras": ((1, 0, 1), (0, 0, 1)), "lengths": (6, 3)},
+    "masked": {"cameras": ((1, 0, 1),), "lengths": (6,)},
 }
-HORIZONS = {"full": 3, "no prompt": 1, "masked differently": 2}
+HORIZONS = {"full": 3, "no prompt": 1, "masked differently": 2, "masked": 4}
 RIGHT = [("tiny", "masked differently"), ("tiny_pi05", "no prompt")]
 THOROUGH = [("tiny", "full"), ("tiny_pi05", "masked differently"), ("tiny", "no prompt")]
+IN_ONE_LAUNCH = [("tiny", "masked"), ("tiny_pi05", "no prompt")]
+IN_ONE_LAUNCH_THOROUGH = [("tiny", "full"), ("tiny_pi05", "masked"), ("tiny", "masked differently")]
 
 
 def fusion() -> Fusion:
@@ -101,14 +104,16 @@ WRONG_SLOWLY = [("tiny_pi05", "no prompt", "offset"), ("tiny", "full", "room"), 
 # ---- the process that interprets
 
 
-def error(model: str, observation: str, spoil: Callable[[Policy], None] = lambda policy: None) -> float:
+def error(
+    model: str, observation: str, spoil: Callable[[Policy], None] = lambda policy: None, **switches: bool
+) -> float:
     """The largest relative L2 error of the actions in float32 against float64, over the rows of the observation."""
     given, actions = tiny_observation(**OBSERVATIONS[observation]), []
     given = given.only_cameras(["left_wrist_0_rgb"]) if observation == "full" else given
     for precision in (FP32_TRUTH, FP32):
         policy = tiny_policy(model == "tiny_pi05", precision, horizon=HORIZONS[observation], num_steps=2)
         if precision is FP32:
-            spoil(streamed(policy))
+            spoil(streamed(policy, **switches))
         actions.append(policy.sample_actions(given, noise_for(policy, given)))
     return max(rel_l2(actions[1], actions[0]))
 
@@ -142,6 +147,10 @@ def interpret(points: list[list[str]]) -> None:
             found = error(*point)
         elif kind == "wrong":
             found = error(point[0], point[1], FAULTS[point[2]])
+        elif kind == "in one launch":
+            found = error(*point, persistent=True)
+        elif kind == "wrong in one launch":
+            found = error(point[0], point[1], FAULTS[point[2]], persistent=True)
         else:
             found = {"repeated": repeated, "many rows": many_rows}[kind]()
         print(json.dumps([[kind, *point], found]), flush=True)
@@ -154,14 +163,27 @@ def interpreted(request) -> dict[tuple[str, ...], Any]:
 
 @interprets
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("point", [*points("right", RIGHT, THOROUGH), *points("many rows", [], [()])])
+@pytest.mark.parametrize(
+    "point",
+    [
+        *points("right", RIGHT, THOROUGH),
+        *points("in one launch", IN_ONE_LAUNCH, IN_ONE_LAUNCH_THOROUGH),
+        *points("many rows", [], [()]),
+    ],
+)
 def test_actions_are_the_same(point, interpreted):
     assert interpreted[point] <= FP32_LIMIT
 
 
 @interprets
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("point", points("wrong", WRONG, WRONG_SLOWLY))
+@pytest.mark.parametrize(
+    "point",
+    [
+        *points("wrong", WRONG, WRONG_SLOWLY),
+        *points("wrong in one launch", [("tiny", "masked", "masks")], [("tiny_pi05", "masked", "offset")]),
+    ],
+)
 def test_what_a_step_loses_is_found(point, interpreted):
     assert interpreted[point] > FP32_LIMIT
 
@@ -188,6 +210,8 @@ CLASHES = [
     (["precision=fp8"], [f"{ALONE} precision=fp8 must keep denoise in bf16 (precision.keep=[denoise])"]),
     (["precision=fp8", "precision.keep=[denoise]"], []),
     (["image_masking=ignore"], []),
+    (["fusion.persistent=true"], []),
+    (["fusion.persistent=true", "fusion.blocks=false"], ["fusion: persistent needs fusion.blocks"]),
     (["fusion.qkv=false"], ["fusion: blocks needs fusion.qkv"]),
     (["fusion.gate_up=false"], ["fusion: blocks needs fusion.gate_up"]),
     (["fusion.rewrites.hoist_modulations=false"], ["fusion: blocks needs fusion.rewrites.hoist_modulations"]),
@@ -206,12 +230,20 @@ def test_a_causal_mask_is_refused():
     assert "fusion: blocks has no causal mask: image_masking.steps must be all" in build.unmet(stack, H200)
 
 
+def test_one_launch_is_for_hopper():
+    stack = config.stack(plain_config("fusion=blocks", "fusion.persistent=true"))
+    a100 = Machine(gpu="NVIDIA A100", vendor="nvidia", arch="sm_80")
+    wanted = "fusion: persistent needs the architecture sm_90; this machine has NVIDIA A100 (sm_80)"
+    assert build.unmet(stack, a100) == [wanted]
+
+
 def test_the_stack_has_all_exact_rewrites():
     option = config.stack(plain_config("stack=9_blocks")).fusion
     assert option == fusion()
     left_out = {one.name for one in fields(Rewrites)} - set(option.rewrites.chosen())
     assert left_out == {"fold_norms", "fold_q_scale"}
-    assert r"stream_qkv|attend_combine" in option.proofs()
+    assert r"stream_(qkv|layers)|attend_combine" in option.proofs()
+    assert config.stack(plain_config("stack=10_persistent")).fusion == replace(option, persistent=True)
 
 
 def test_options_for_all_stages_leave_its_stage_alone():

@@ -38,15 +38,24 @@ def shallow(*words: str) -> PolicySubject:
 
 @pytest.mark.parametrize("group", range(GROUPS))
 def test_any_observation(group: int):
-    """Cameras of each row, lengths of prompts from 0 to 200, batch 1 to 4, horizon 1 to 50: as close to the truth as
+    check_observations(group, "stack=9_blocks", horizons=50, batches=4)
+
+
+@pytest.mark.parametrize("group", range(GROUPS, GROUPS + 6))
+def test_any_observation_in_one_launch(group: int):
+    check_observations(group, "stack=10_persistent", horizons=15, batches=1)
+
+
+def check_observations(group: int, stack: str, horizons: int, batches: int) -> None:
+    """Cameras of each row, lengths of prompts from 0 to 200, batch and horizon: as close to the truth as
     plain bf16, allowed REORDERED's factor, on every row."""
     draw, device = random.Random(group), torch.device("cuda", 0)
-    horizon, model = draw.randint(1, 50), ("pi0", "pi05")[group % 2]
-    made = shallow("stack=9_blocks", f"model={model}", f"workload.horizon={horizon}", "workload.num_steps=2")
+    horizon, model = draw.randint(1, horizons), ("pi0", "pi05")[group % 2]
+    made = shallow(stack, f"model={model}", f"workload.horizon={horizon}", "workload.num_steps=2")
     plain, truth = (made.plain_policy(one, device) for one in (made.precision.model, made.precision.truth))
     policy = made.policy(device)
     for _ in range(DRAWS):
-        batch, seed = draw.randint(1, 4), draw.randrange(2**31)
+        batch, seed = draw.randint(1, batches), draw.randrange(2**31)
         cameras = [[draw.random() < 0.7 for _ in range(3)] for _ in range(batch)]
         for row in cameras:
             row[draw.randrange(3)] = True
@@ -60,10 +69,12 @@ def test_any_observation(group: int):
 
 
 @pytest.mark.parametrize("model", ["pi0", "pi05"])
-@pytest.mark.parametrize("horizon", [10, 50])
-def test_verified(model: str, horizon: int):
+@pytest.mark.parametrize(
+    ("stack", "horizon"), [("9_blocks", 10), ("9_blocks", 50), ("10_persistent", 10), ("10_persistent", 50)]
+)
+def test_verified(model: str, stack: str, horizon: int):
     for workload in ("default", "masked"):
-        words = ("stack=9_blocks", f"model={model}", f"workload={workload}", f"workload.horizon={horizon}")
+        words = (f"stack={stack}", f"model={model}", f"workload={workload}", f"workload.horizon={horizon}")
         assert shallow(*words).build(torch.device("cuda", 0), 8, lambda text: None).verdict.wrong == []
 
 

@@ -48,6 +48,18 @@ def test_time_is_accounted_for(profiled):
     assert found.shares()["gemm"] > 0.2
 
 
+def test_dependent_launches_are_counted_once(tmp_path):
+    """Most kernels of this stack begin while the one in front runs, and wait for it."""
+    instance = built("stack=9_blocks")
+    instance.call(0)
+    found = break_down(profile(instance, 2, None, tmp_path / TRACE))
+    metrics = found.metrics()
+    assert metrics["gpu/overlap_share"] > 0.1
+    assert 0.98 <= metrics["gpu/accounted_share"] <= 1.02
+    assert found.kernels_ms <= found.span_ms
+    assert sum(found.stage_ms.values()) <= found.span_ms * 1.001
+
+
 def test_stages_are_told(profiled):
     name, _, trace, _ = profiled
     found = break_down(trace)

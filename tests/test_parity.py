@@ -51,6 +51,12 @@ def test_target_from_rated_and_from_measured_power(capsys, tmp_path, reference):
     assert (rated["meets"], rated["margin"] < 0) == (False, True)
 
 
+def test_rated_power_of_the_gpus_that_were_measured_here(capsys, tmp_path):
+    h100 = file(tmp_path / "h100", "NVIDIA H100 80GB HBM3", 32.9)
+    [rated] = answers(capsys, "--reference", h100, "--candidate", file(tmp_path / "amd", MI350, 20.0))
+    assert (rated["reference_w"], rated["candidate_w"], round(rated["target_ms"], 1)) == (700, 1000, 23.0)
+
+
 def test_text_says_who_and_by_how_much(capsys, tmp_path, reference):
     fast = file(tmp_path / "fast", MI350, 20.0, power_w=900.0)
     slow = file(tmp_path / "slow", MI350, 30.0, "attention=sdpa")

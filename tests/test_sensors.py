@@ -33,7 +33,7 @@ def test_nvidia(monkeypatch: pytest.MonkeyPatch):
     assert made.temperature_c() == 61
     assert made.clocks_mhz() == {"sm": 1755, "memory": 3201}
     assert made.throttle() == ["power cap", "thermal"]
-    assert made.processes() == {4711: "512 MiB", 4712: "0 MiB"}
+    assert made.processes() == {4711: "512 MiB", 4712: "memory not told"}
 
 
 def test_driver_without_momentary_power_gives_the_mean_of_a_second(monkeypatch: pytest.MonkeyPatch):
@@ -130,6 +130,17 @@ def test_missing_power_is_no_zero(monkeypatch: pytest.MonkeyPatch):
     made = amd(monkeypatch, power_info={"current_socket_power": "N/A", "average_socket_power": "N/A"})
     with pytest.raises(SensorError, match="no power in"):
         made.power_w()
+
+
+@pytest.mark.parametrize("status", [{}, {"active_ppt_pwr": "N/A", "active_socket_thrm": "N/A"}])
+def test_throttle_reasons_that_are_not_told_are_not_none(monkeypatch: pytest.MonkeyPatch, status: dict):
+    with pytest.raises(SensorError, match="no throttle reason in"):
+        amd(monkeypatch, violation_status=status).throttle()
+
+
+def test_gpu_that_is_not_held_down(monkeypatch: pytest.MonkeyPatch):
+    status = {"active_ppt_pwr": False, "active_socket_thrm": 0, "active_hbm_thrm": "N/A"}
+    assert amd(monkeypatch, violation_status=status).throttle() == []
 
 
 def test_counter_of_older_wheels(monkeypatch: pytest.MonkeyPatch):

@@ -3,7 +3,8 @@ a step, a layer.
 
 `pi0exp.kernels.stream` has the scheme, each kernel's file its maths. A step is `stream_begin`, five launches a layer
 and `stream_end`; the embedding of the noisy actions before it stays with PyTorch. Every launch waits only where it
-needs what the one in front made, and equal inputs give equal bits.
+needs what the one in front made, and equal inputs give equal bits. With `fusion.persistent` all layers are one launch
+where there are few rows (`pi0exp.fusion.persistent`).
 
 Against the plain model fewer values are rounded: the normed rows' shifts, the products before rotation, before the
 gated activation and before the residual sum, the gates, and the last normed row. None is rounded more often.
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from pi0exp.fusion.persistent import Layers
 from pi0exp.fusion.steps import give_room, tabulate
 from pi0exp.model.gemma import GemmaBlock, LayerCache, Rotation, first_rows
 from pi0exp.model.layers import Attention, at_least_float32
@@ -68,7 +70,7 @@ def clashes(fusion: "Fusion", stack: "Stack") -> list[str]:
     return reasons
 
 
-def fill_blocks(policy: Policy) -> None:
+def fill_blocks(policy: Policy, persistent: bool) -> None:
     """Fills the slot `Pi0.step`, and what more rows than a stream takes need."""
     from pi0exp.attention.triton_attention import triton_attend
     from pi0exp.kernels.attention_split import attend_split
@@ -78,7 +80,10 @@ def fill_blocks(policy: Policy) -> None:
     if policy.model.config.pi05:
         tabulate_offsets(policy)
     counters = torch.zeros(COUNTERS, dtype=torch.int32, device=policy.device)
-    policy.fill_model("step", Stream(counters, MAX_ROWS).step, f"a stream of kernels, up to {MAX_ROWS} rows")
+    layers = Layers(policy.model.expert, torch.zeros_like(counters)) if persistent else None
+    first = "all layers in one launch, up to 16 rows of one observation; else " if persistent else ""
+    stream = Stream(counters, MAX_ROWS, layers)
+    policy.fill_model("step", stream.step, f"{first}a stream of kernels, up to {MAX_ROWS} rows")
     attend = partial(triton_attend, op=attend_split)
     policy.fill(Attention, "attend", attend, ("denoise",), f"Triton attend_split, for more than {MAX_ROWS} rows")
     policy.closed["denoise"] = NAME
@@ -114,8 +119,8 @@ class Rows(NamedTuple):
 class Stream:
     """The slot `Pi0.step`, with the counters that all of its launches share and leave as they find them."""
 
-    def __init__(self, counters: Tensor, max_rows: int):
-        self.counters, self.max_rows = counters, max_rows
+    def __init__(self, counters: Tensor, max_rows: int, layers: Layers | None):
+        self.counters, self.max_rows, self.layers = counters, max_rows, layers
 
     def step(self, model: Pi0, x_BCA: Tensor, moment: Tensor, context: Context) -> Tensor:
         """The velocity [B, C, A]."""
@@ -133,13 +138,17 @@ class Stream:
         norms = own_norms(model) if cond is None else modulated_norms(model, cond)
         # The state token's keys may be those that the first step has just written; all others are the prefill's.
         settled = context.cache[0].k_BSKH.shape[1] - model.config.suffix_prelude
-        rows = Rows(*stream_begin(tokens_BTD.contiguous(), norms.scales[0], blocks[0].attention.qkv.weight))
-        for i, block in enumerate(blocks):
-            following = blocks[(i + 1) % len(blocks)]
-            rows = self.layer(block, 2 * i, rows, norms, rotation, mask, context.cache[i], settled, following)
+        if self.layers is not None and self.layers.takes(tokens_BTD):
+            xs, squares = self.layers(tokens_BTD, cond, rotation, mask, context.cache, settled)
+        else:
+            rows = Rows(*stream_begin(tokens_BTD.contiguous(), norms.scales[0], blocks[0].attention.qkv.weight))
+            for i, block in enumerate(blocks):
+                following = blocks[(i + 1) % len(blocks)]
+                rows = self.layer(block, 2 * i, rows, norms, rotation, mask, context.cache[i], settled, following)
+            xs, squares = rows.xs, rows.squares
         out = model.action_out_proj
         velocity: Tensor = stream_end(
-            rows.xs, rows.squares, norms.shift, out.weight, out.bias, C, model.config.norm_eps
+            xs, squares, norms.shift, out.weight, out.bias, C, model.config.norm_eps
         )  # fmt: skip
         return velocity
 

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING
 from pi0exp.fusion import blocks, kernels, projections
 from pi0exp.fusion.rewrites import Rewrites
 from pi0exp.machine import Machine
-from pi0exp.option import ANY_GPU, Numerics, Option
+from pi0exp.option import ANY_GPU, Numerics, Option, Requires
 from pi0exp.policy import Policy
 
 if TYPE_CHECKING:
     from pi0exp.config import Stack
+
+HOPPER = Requires(vendors=("nvidia",), archs=("sm_90",))
+"""What `persistent` was written for and tried on: a cooperative launch, and the lanes of its matrix instruction."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,9 @@ class Fusion(Option):
     qkv: queries, keys and values by one matrix. gate_up: both halves of Gemma's MLP by one. norms: RMSNorm, adaptive
     RMSNorm and LayerNorm as one Triton kernel together with the residual sum before them. activation: the gated
     activation as one Triton kernel. rope: split, rotation and the write into the cache as one Triton kernel. blocks:
-    the denoising step as a chain of hand-fused Triton kernels, five a layer.
+    the denoising step as a chain of hand-fused Triton kernels, five a layer. persistent: with blocks, all layers of a
+    step in one launch, whose programs meet after each phase (at most 16 rows of one observation, on sm_90; the expert's
+    weights are kept a second time, in the order of its reads).
     """
 
     qkv: bool = False
@@ -34,6 +39,7 @@ class Fusion(Option):
     activation: bool = False
     rope: bool = False
     blocks: bool = False
+    persistent: bool = False
     rewrites: Rewrites = field(default_factory=Rewrites)
 
     @property
@@ -52,12 +58,16 @@ class Fusion(Option):
 
     def unmet(self, machine: Machine) -> list[str]:
         triton = [name for name in kernels.SWITCHES if getattr(self, name)]
+        if self.persistent:
+            return [f"persistent {reason}" for reason in HOPPER.unmet(machine)]
         return [f"{reason} (for {', '.join(triton)})" for reason in ANY_GPU.unmet(machine)] if triton else []
 
     def proofs(self) -> list[str]:
         return [pattern for name, pattern in kernels.SWITCHES.items() if getattr(self, name)]
 
     def clashes(self, stack: "Stack") -> list[str]:
+        if self.persistent and not self.blocks:
+            return ["persistent needs fusion.blocks"]
         return blocks.clashes(self, stack) if self.blocks else []
 
     def apply(self, policy: Policy) -> None:
@@ -75,4 +85,4 @@ class Fusion(Option):
         if self.rope:
             kernels.fill_rope(policy)
         if self.blocks:
-            blocks.fill_blocks(policy)
+            blocks.fill_blocks(policy, self.persistent)

@@ -158,8 +158,8 @@ def give_room(policy: Policy, queries: bool) -> None:
         B, S, _ = prefix_BSD.shape
         config = model.config
         heads = 2 * config.num_kv_heads + (config.num_heads if queries else 0)
-        rooms = (prefix_BSD.new_empty(B, S + suffix, heads, config.head_dim) for _ in range(config.paligemma.depth))
-        return [first_rows(room, 0, config.num_kv_heads) for room in rooms]
+        rooms = prefix_BSD.new_empty(config.paligemma.depth, B, S + suffix, heads, config.head_dim)
+        return [first_rows(room, 0, config.num_kv_heads) for room in rooms.unbind()]
 
     policy.fill_model("empty_cache", empty_cache, "a buffer a layer with room for the suffix behind the prefix")
 

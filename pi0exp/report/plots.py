@@ -81,7 +81,7 @@ def waterfall(config: ReportConfig, found: Sequence[Facet]) -> list[Plot]:
 def kernels(config: ReportConfig, found: Sequence[Facet]) -> list[Plot]:
     caption = (
         "GPU time of one call by kind of kernel, from a profile. The upright mark is the latency without a profiler: "
-        "beyond the bar the GPU waits; before its end, kernels overlap or the profiler slows them."
+        "beyond the bar the GPU waits; before its end, the profiler slows it. No instant is counted twice."
     )
     lacking = "nothing to draw: no point carries a profile of its kernels"
     return _each(

@@ -1,0 +1,95 @@
+"""All layers of a denoising step in one launch: `fusion.persistent`; the chain of `fusion.blocks` has five a layer.
+
+The launch itself is `pi0exp.kernels.stream_layers`; here are its arguments. Shapes: B batch, T suffix tokens, D width,
+L layers, R rows of a cache's room, K key/value heads, H head dim.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from pi0exp.errors import UnsupportedError
+from pi0exp.model.gemma import Gemma, GemmaBlock, LayerCache, Rotation
+from pi0exp.model.mask import Mask
+
+
+class Tables(NamedTuple):
+    """What the norms of a step do, a row for each.
+
+    scales: [2 L + 1, D]. gates: [2 L, D] or None. qkv_offsets, gate_up_offsets: [L, ..] or None.
+    """
+
+    scales: Tensor
+    gates: Tensor | None
+    qkv_offsets: Tensor | None
+    gate_up_offsets: Tensor | None
+
+
+class Layers:
+    """The expert's layers, their weights in the order of the kernel (once more as large as they are)."""
+
+    def __init__(self, expert: Gemma, slots: Tensor):
+        from pi0exp.kernels.stream_pack import Weights, pack, unfit
+
+        self.blocks = cast(list[GemmaBlock], list(expert.blocks))
+        self.slots, self.eps = slots, self.blocks[0].norm1.eps
+        weights = Weights(
+            torch.stack([block.attention.qkv.weight for block in self.blocks]),
+            torch.stack([block.attention.out.weight for block in self.blocks]),
+            torch.stack([block.mlp.gate_up.weight for block in self.blocks]),
+            torch.stack([block.mlp.down.weight for block in self.blocks]),
+        )
+        (_, width, heads), head_dim = weights.out_LDK.shape, self.blocks[0].attention.head_dim
+        if why := unfit(width, head_dim, weights.down_LDF.shape[2], heads // head_dim):
+            raise UnsupportedError(f"persistent: {why}")
+        self.weights = pack(weights, head_dim)
+        norms = [norm for block in self.blocks for norm in (block.norm1, block.norm2)]
+        own = [getattr(norm, "weight", None) for norm in (*norms, expert.norm)]
+        self.own = None if None in own else Tables(torch.stack(cast(list[Tensor], own)), None, None, None)
+
+    def takes(self, tokens_BTD: Tensor) -> bool:
+        """One observation, of few rows."""
+        from pi0exp.kernels.stream_pack import ROWS
+
+        return tokens_BTD.shape[0] == 1 and tokens_BTD.shape[1] <= ROWS.value
+
+    def tables(self, cond: Tensor | None) -> Tables:
+        """Pi0's are the same in every step; Pi0.5's stand in the row that `blocks.tabulate_offsets` made for it."""
+        if cond is None:
+            assert self.own is not None
+            return self.own
+        (L, qkv, width), gate_up = self.weights.qkv_LCD.shape, self.weights.gate_up_LCD.shape[1]
+        modulations, offsets = cond.split([(L + 1) * 2 * 3 * width, L * (qkv + gate_up)])
+        scales, _, gates = modulations.view(-1, 3, width).unbind(1)
+        # The final norm has two places in the row and stands in the first; it gates nothing.
+        return Tables(scales[:-1], gates[:-2], *offsets.view(L, -1).split([qkv, gate_up], dim=1))
+
+    def __call__(
+        self, tokens_BTD: Tensor, cond: Tensor | None, rotation: Rotation, mask: Mask, cache: Sequence[LayerCache],
+        settled: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """What `stream_end` takes: xs [B, T, D] and the sums of squares.
+
+        cond: of `Pi0.embed_suffix`. settled: rows of the cache that were complete before this step and the one before.
+        """
+        from pi0exp.kernels.stream_layers import stream_layers
+
+        assert not mask.causal, "image_masking=ignore refuses the blocks beside steps=causal"
+        start, scale = cache[0].k_BSKH.shape[1], self.blocks[0].attention.scale
+        keys_BS = None if mask.full else mask.keys_BS
+        end, squares = stream_layers(
+            tokens_BTD.contiguous(), *self.weights, *self.tables(cond), *rotation, one_room(cache), start, keys_BS,
+            mask.blind, scale, settled, self.eps, self.slots,
+        )  # fmt: skip
+        return end, squares
+
+
+def one_room(cache: Sequence[LayerCache]) -> Tensor:
+    """The rooms of all layers, which `steps.give_room` takes from one buffer, as that: [L, B, R, 2 K, H]."""
+    rooms = [layer.room for layer in cache if layer.room is not None]
+    first, size = rooms[0], rooms[0].numel()
+    places = [room.data_ptr() - first.data_ptr() for room in rooms]
+    assert places == [i * size * first.element_size() for i in range(len(cache))], "rooms are not parts of one buffer"
+    return first.as_strided((len(rooms), *first.shape), (size, *first.stride()))
