@@ -185,6 +185,8 @@ def plain(cfg: DictConfig, chosen: dict[str, str]) -> dict[str, Any]:
 
 _FILES: WeakKeyDictionary[Any, dict[tuple[tuple[str, str], ...], DictConfig]] = WeakKeyDictionary()
 """Hydra's loader, of which each session has one -> options -> what it composed of their files."""
+_NODES: WeakKeyDictionary[Any, dict[tuple[str, str], dict[str, Any]]] = WeakKeyDictionary()
+"""The same for single options: group and name -> the composed node."""
 
 
 def as_in_files(cfg: DictConfig, options: dict[str, str]) -> dict[str, Any]:
@@ -228,9 +230,12 @@ def from_words(words: Sequence[str]) -> dict[str, Any]:
 
 def option_node(group: str, name: str) -> dict[str, Any]:
     """The composed node of one option as its file has it, within Hydra's own run or a `session`."""
-    composed = OmegaConf.to_container(compose(config_name=f"{group}/{name}")[group], resolve=True)
-    assert isinstance(composed, dict)
-    return {str(key): value for key, value in composed.items()}
+    known = _NODES.setdefault(GlobalHydra.instance().config_loader(), {})
+    if (group, name) not in known:
+        composed = OmegaConf.to_container(compose(config_name=f"{group}/{name}")[group], resolve=True)
+        assert isinstance(composed, dict)
+        known[group, name] = {str(key): value for key, value in composed.items()}
+    return deepcopy(known[group, name])
 
 
 def stage_option(group: str, stage: str, node: Any) -> tuple[str, dict[str, Any]]:

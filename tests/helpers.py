@@ -8,20 +8,25 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from pi0exp import compose
+from pi0exp import build, compose
+from pi0exp.config import Stack
+from pi0exp.config import option as typed_option
+from pi0exp.config import stack as typed_stack
+from pi0exp.machine import Machine
 from pi0exp.model.config import CAMERAS, ModelConfig, tiny
 from pi0exp.model.observation import Observation, observation_from_arrays
 from pi0exp.model.precision import FP32, Precision
-from pi0exp.model.weights import build, random_source
+from pi0exp.model.weights import build as build_model
+from pi0exp.model.weights import random_source
 from pi0exp.option import Option
 from pi0exp.policy import Policy
 from pi0exp.policy_subject import PolicyInstance, PolicySubject
@@ -41,7 +46,7 @@ torch.set_num_threads(1)
 def composed(*overrides: str) -> tuple[DictConfig, DictConfig]:
     """Our part and Hydra's part of what these words of the command line compose to."""
     compose.register()
-    with initialize_config_dir(str(compose.CONF), version_base="1.3", job_name="pi0exp"):
+    with compose.initialize_config_dir(str(compose.CONF), version_base="1.3", job_name="pi0exp"):
         cfg = hydra_compose("config", overrides=list(overrides), return_hydra_config=True)
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), cfg.hydra
 
@@ -65,15 +70,41 @@ def with_option(subject: PolicySubject, **options: Option) -> PolicySubject:
     return replace(subject, stack=replace(subject.stack, **options))
 
 
+def lacking(group: str, name: str) -> list[str]:
+    """Why a CPU cannot run an option in the plain stack."""
+    with compose.session():
+        option = typed_option(group, compose.option_node(group, name))
+    return build.unmet(replace(plain_stack(), **{group: option}), Machine())
+
+
+@cache
+def plain_stack() -> Stack:
+    return typed_stack(plain_config())
+
+
+_TRUTHS: dict[str, list[Tensor]] = {}
+
+
+def truth_once(
+    subject: PolicySubject, checks: Any, device: torch.device, compute: Any = PolicySubject.truth
+) -> list[Tensor]:
+    """`PolicySubject.truth`, which is the same for all stacks of a precision."""
+    given = (subject.dimensions, subject.weights, subject.workload, subject.observations, subject.precision.truth)
+    if repr(given) not in _TRUTHS:
+        _TRUTHS[repr(given)] = compute(subject, checks, device)
+    return _TRUTHS[repr(given)]
+
+
 def built(subject: PolicySubject) -> PolicyInstance:
     """Built and verified on the CPU."""
-    return subject.build(CPU, 1, lambda text: None)
+    with patch.object(PolicySubject, "truth", truth_once):
+        return subject.build(CPU, 1, lambda text: None)
 
 
 def tiny_policy(pi05: bool = False, precision: Precision = FP32, horizon: int = 10, num_steps: int = 3) -> Policy:
     """A plain policy with random weights, on the CPU."""
     config = tiny(pi05)
-    return Policy(build(config, precision, random_source(config, 0, CPU), CPU), horizon, num_steps)
+    return Policy(build_model(config, precision, random_source(config, 0, CPU), CPU), horizon, num_steps)
 
 
 def tiny_observation(

@@ -39,6 +39,14 @@ def asked(request: pytest.FixtureRequest, name: str) -> list[Any]:
     return [item.callspec.params[name] for item in own if name in item.callspec.params]
 
 
+def points(kind: str, quick: list[tuple[str, ...]], thorough: list[tuple[str, ...]]) -> list[Any]:
+    """Parameters "point" of one kind; the thorough ones are slow."""
+    return [
+        *(pytest.param((kind, *point), id=" ".join((kind, *point))) for point in quick),
+        *(pytest.param((kind, *point), id=" ".join((kind, *point)), marks=pytest.mark.slow) for point in thorough),
+    ]
+
+
 def of_points(request: pytest.FixtureRequest) -> dict[tuple[str, ...], Any]:
     """(kind, *point) -> what came of it, of the points whose tests were asked for."""
     points = [list(point) for point in asked(request, "point")]

@@ -1,5 +1,5 @@
-"""fusion=blocks on a GPU, on models of full width with two layers a stage and on the golden data; `test_blocks` has what
-a CPU can show."""
+"""fusion=blocks on a GPU, on models of full width with two layers a stage and on golden ones; `test_blocks` has what a
+CPU can show."""
 
 import random
 from collections.abc import Iterator
@@ -82,7 +82,7 @@ def test_verified(model: str, stack: str, horizon: int):
 
 
 def golden_pieces(model: str) -> Iterator[tuple[str, slice]]:
-    """The model's cases, and rows of each that a stream can take together: all, or one by one where all are too many."""
+    """The model's cases, and rows of each that a stream can take together: all of them, or one by one."""
     for case in BF16_CASES:
         if config_of(case).pi05 == (model == "pi05"):
             batch, tokens, _ = noise_of(case).shape

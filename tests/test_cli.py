@@ -127,9 +127,13 @@ def test_same_command_measures_nothing(sweep, root):
     assert settled(done.stdout) == 4
     single = pi0exp(root, *QUICK, "graphs=manual")
     assert (single.returncode, settled(single.stdout)) == (3, 1), "unsupported is no success of a single point"
-    alone = pi0exp(root, *QUICK, "-m", "graphs=manual")
-    assert (alone.returncode, settled(alone.stdout)) == (0, 1), "a sweep of one point is a sweep"
     assert len(runs(root)) == before
+
+
+@pytest.mark.slow
+def test_sweep_of_one_point_is_a_sweep(sweep, root):
+    alone = pi0exp(root, *QUICK, "-m", "graphs=manual")
+    assert (alone.returncode, settled(alone.stdout)) == (0, 1)
 
 
 def test_what_is_measured_again(sweep, root):
@@ -165,7 +169,10 @@ def test_child_can_be_run_by_hand(sweep, root, tmp_path):
     assert result["metrics"]["latency_ms/p50"] > 0
 
 
-@pytest.mark.parametrize("words", [(), ("one.json",), ("1", "2", "3"), ("--help",)])
+WRONG_FILES = [("one.json",), ("1", "2", "3"), ("--help",)]
+
+
+@pytest.mark.parametrize("words", [(), *(pytest.param(w, marks=pytest.mark.slow) for w in WRONG_FILES)])
 def test_child_without_its_two_files_says_what_it_wants(tmp_path, words):
     done = module("pi0exp.measure", *words, scratch=tmp_path)
     assert done.returncode == 2
@@ -174,7 +181,13 @@ def test_child_without_its_two_files_says_what_it_wants(tmp_path, words):
 
 @pytest.mark.parametrize(
     ("content", "cause"),
-    [(None, "No such file"), ("{", "Expecting"), ("[]", "a JSON object"), ("{}", "measure is None"), ("\xff", "")],
+    [
+        (None, "No such file"),
+        ("{}", "measure is None"),
+        pytest.param("{", "Expecting", marks=pytest.mark.slow),
+        pytest.param("[]", "a JSON object", marks=pytest.mark.slow),
+        pytest.param("\xff", "", marks=pytest.mark.slow),
+    ],
 )
 def test_child_refuses_an_experiment_that_it_cannot_read(tmp_path, content, cause):
     source = tmp_path / "experiment.json"
@@ -213,33 +226,39 @@ def file_in_place(folder):
         pytest.param(["workload=nope"], ["workload/nope", "aloha, default, masked, pi05"], marks=pytest.mark.slow),
         pytest.param(["study=nope"], ["study/nope", "ladder"], marks=pytest.mark.slow),
         pytest.param(["stack=nope"], ["stack/nope", "0_eager"], marks=pytest.mark.slow),
-        (["workload.bach=2"], ["workload.bach"]),
-        (["attention=null"], ["Config group override"]),
-        (["foo=1"], ["'foo'"]),
+        pytest.param(["workload.bach=2"], ["workload.bach"], marks=pytest.mark.slow),
+        pytest.param(["attention=null"], ["Config group override"], marks=pytest.mark.slow),
+        pytest.param(["foo=1"], ["'foo'"], marks=pytest.mark.slow),
         (["+foo=1"], ["foo: no such setting", "resume", "workload"]),
         pytest.param(["+workload.foo=1"], ["workload.foo"], marks=pytest.mark.slow),
         pytest.param(["+attention.foo=1"], ["attention.foo"], marks=pytest.mark.slow),
-        (["workload.batch_size=two"], ["workload.batch_size", "'two'", "Integer"]),
+        pytest.param(["workload.batch_size=two"], ["workload.batch_size", "'two'", "Integer"], marks=pytest.mark.slow),
         (["workload.batch_size=0"], ["workload.batch_size is 0", "1 or more"]),
-        (["workload.num_steps=-1"], ["workload.num_steps is -1"]),
+        pytest.param(["workload.num_steps=-1"], ["workload.num_steps is -1"], marks=pytest.mark.slow),
         pytest.param(["measure.timeout_s=soon"], ["measure.timeout_s", "'soon'"], marks=pytest.mark.slow),
         pytest.param(["measure.device=tpu"], ["measure.device", "auto, gpu, cpu"], marks=pytest.mark.slow),
-        (["attention=["], ["'attention=['"]),
+        pytest.param(["attention=["], ["'attention=['"], marks=pytest.mark.slow),
         pytest.param(["attention"], ["'attention'"], marks=pytest.mark.slow),
-        (["attention.denoise=flsh"], ["attention.denoise is 'flsh'", "eager, sdpa"]),
+        pytest.param(
+            ["attention.denoise=flsh"], ["attention.denoise is 'flsh'", "eager, sdpa"], marks=pytest.mark.slow
+        ),
         (["attention.denoise={name: sdpa, foo: 1}"], ["attention.denoise.foo", "backend"]),
         pytest.param(["graphs.denoise=manual"], ["graphs.denoise"], marks=pytest.mark.slow),
         pytest.param(["attention=eager,sdpa"], ["attention=eager,sdpa", "--multirun"], marks=pytest.mark.slow),
-        (["model.checkpoint=/nope"], ["'/nope' does not exist"]),
+        pytest.param(["model.checkpoint=/nope"], ["'/nope' does not exist"], marks=pytest.mark.slow),
         (["model.checkpoint={corrupt_checkpoint}"], ["model.safetensors"]),
-        (["workload=aloha", "workload.tokenizer=nope"], ["tokenizer nope"]),
+        pytest.param(["workload=aloha", "workload.tokenizer=nope"], ["tokenizer nope"], marks=pytest.mark.slow),
         pytest.param(
             ["workload=aloha", "workload.observations=nope"],
             ["workload.observations is nope", "aloha_sim.npz"],
             marks=pytest.mark.slow,
         ),
-        (["workload=aloha", "workload.observations={nan_recording}"], ["state_N14[0, 3] is nan"]),
-        (["~workload"], ["workload is None"]),
+        pytest.param(
+            ["workload=aloha", "workload.observations={nan_recording}"],
+            ["state_N14[0, 3] is nan"],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["~workload"], ["workload is None"], marks=pytest.mark.slow),
         pytest.param(["~attention"], ["attention is None"], marks=pytest.mark.slow),
         pytest.param(["resume=perhaps"], ["resume", "'perhaps'"], marks=pytest.mark.slow),
         pytest.param(["track=3"], ["conf/config.yaml"], marks=pytest.mark.slow),
@@ -247,9 +266,9 @@ def file_in_place(folder):
         pytest.param(["subject=null"], ["must be a string or a list"], marks=pytest.mark.slow),  # Hydra's words
         pytest.param(["subject=nothing"], ["subject/nothing", "policy"], marks=pytest.mark.slow),
         pytest.param(["subject._target_=json.dumps"], ["json.dumps"], marks=pytest.mark.slow),
-        (["subject._target_=nowhere.Nothing"], ["nowhere.Nothing"]),
+        pytest.param(["subject._target_=nowhere.Nothing"], ["nowhere.Nothing"], marks=pytest.mark.slow),
         (["track.root={file_in_place}"], ["is a file where a folder must be"]),
-        (["track.results={file_in_place}"], ["file: "]),
+        pytest.param(["track.results={file_in_place}"], ["file: "], marks=pytest.mark.slow),
         (["study=ladder", "attention=sdpa"], ["attention=sdpa would hold for every stack of study=ladder"]),
         pytest.param(
             ["study=ladder", "image_masking=keep,skip"], ["image_masking=keep", "study=ladder"], marks=pytest.mark.slow

@@ -70,8 +70,15 @@ GIVEN = [
 
 
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("region", Region)
-@pytest.mark.parametrize("pi05", [False, True])
+@pytest.mark.parametrize(
+    ("region", "pi05"),
+    [
+        (Region.stage, False),
+        (Region.block, True),
+        pytest.param(Region.stage, True, marks=pytest.mark.slow),
+        pytest.param(Region.block, False, marks=pytest.mark.slow),
+    ],
+)
 def test_each_shape_compiles_once(region: Region, pi05: bool):
     """Vision, prefill and the step; or the first block and the others of vision, prefill and expert."""
     policy, plain = applied(Default(region=region), pi05), tiny_policy(pi05)
@@ -115,7 +122,7 @@ def call_all(policy: Policy, given: list[Observation]) -> None:
 
 
 @pytest.mark.usefixtures("traced")
-@pytest.mark.parametrize("region", Region)
+@pytest.mark.parametrize("region", [Region.stage, pytest.param(Region.block, marks=pytest.mark.slow)])
 def test_more_structures_than_allowed_are_an_error(region: Region):
     policy = applied(Default(region=region, max_structures=1))
     policy.sample_actions(GIVEN[0])
@@ -184,6 +191,7 @@ def test_blocks_of_one_stage_leave_those_of_others():
 def test_a_stage_that_captures_makes_the_call_a_generation(monkeypatch: pytest.MonkeyPatch):
     policy, marks = applied(option_of("default", "compile_mode.vision=reduce_overhead")), []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    monkeypatch.setattr(policy.model, "sample_actions", lambda *args: torch.zeros(1))
     policy.sample_actions(GIVEN[0])
     assert marks == [1]
     assert "startup_s/record" in policy.counters()
@@ -291,6 +299,7 @@ def test_each_call_is_one_generation_and_its_actions_are_copied(option: Compiled
 def test_modes_without_graphs_mark_nothing(monkeypatch: pytest.MonkeyPatch):
     policy, marks = applied(Default()), []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    monkeypatch.setattr(policy.model, "sample_actions", lambda *args: torch.zeros(1))
     policy.sample_actions(GIVEN[0])
     assert not marks
 

@@ -113,9 +113,26 @@ def test_what_the_process_cannot_read_is_the_users(isolated):
         isolated("refuse")
 
 
+def sweep(root, *names: str) -> subprocess.CompletedProcess[str]:
+    return pi0exp(root, *TOY, "~workload", "~model", "-m", f"+subject.fault={','.join(names)}")
+
+
+def test_sweep_goes_on_after_a_fault(tmp_path):
+    done = sweep(tmp_path, "kill", "input", "unmet")
+    assert done.returncode == 5, done
+    found = runs(tmp_path)
+    assert [run.data.tags["outcome"] for run in found] == ["error", "unsupported"]
+    assert [run.data.params["subject.fault"] for run in found] == ["kill", "unmet"]
+    assert "about to kill" in artifact(tmp_path, found[0], "log.txt").read_text()
+    table = done.stdout.split("#  subject.fault")[1]
+    assert [line.split()[1] for line in table.splitlines() if line[:1].isdigit()] == ["kill", "input", "unmet"]
+    assert "refused: subject.fault is input" in table
+
+
+@pytest.mark.slow
 def test_every_fault_of_a_sweep_is_recorded(tmp_path):
     faults = ["none", "wrong", "kill", "unmet", "refuse", "input"]
-    done = pi0exp(tmp_path, *TOY, "~workload", "~model", "-m", f"+subject.fault={','.join(faults)}")
+    done = sweep(tmp_path, *faults)
     assert done.returncode == 5, done
     outcomes = ["ok", "wrong_numerics", "error", "unsupported", "error"]
     found = runs(tmp_path)
@@ -137,7 +154,7 @@ def test_every_fault_of_a_sweep_is_recorded(tmp_path):
     told = [line for line in done.stderr.splitlines() if not line.startswith("[")]
     assert told == [f"pi0exp: subject.fault is {fault}; choose another" for fault in ("refuse", "input")]
 
-    again = pi0exp(tmp_path, *TOY, "~workload", "~model", "-m", "+subject.fault=none,wrong,unmet")
+    again = sweep(tmp_path, "none", "wrong", "unmet")
     assert again.returncode == 4
     assert len(runs(tmp_path)) == 6, "what is ok or unsupported is not repeated, what went wrong is"
 
@@ -195,6 +212,7 @@ def test_interrupted_point(tmp_path, number, group):
     assert list((tmp_path / "results").iterdir()) == [], "an interruption is no result for others"
 
 
+@pytest.mark.slow
 def test_interrupted_sweep_stops_and_keeps_what_it_has(tmp_path):
     done = interrupted(tmp_path, signal.SIGINT, True, "-m", "+subject.fault=none,hang,crash")
     assert done.returncode == 130

@@ -4,6 +4,7 @@ Kernels run under Triton's interpreter, which is chosen at import: in a process 
 """
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,13 +160,22 @@ for name, wrong, arguments in (
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, str]:
-    """Name of a check -> what was wrong, from a process under the interpreter."""
-    return dict(interpreter.lines(Path(__file__), timeout_s=540))
+def outcomes(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Name of a check -> what was wrong, from a process under the interpreter, of the checks that were asked for."""
+    return dict(interpreter.lines(Path(__file__), *interpreter.asked(request, "name"), timeout_s=540))
+
+
+SLOW = (
+    "model: pi0",
+    "model: pi0, activation and residual",
+    "model: pi05, activation and residual",
+    "mistake: the bias forgotten",
+)
+"""Of all stages, or of pictures: ten seconds each."""
 
 
 @interprets
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[pytest.mark.slow] * (one in SLOW)) for one in CHECKS])
 def test_under_the_interpreter(name: str, outcomes: dict[str, str]):
     assert outcomes[name] == ""
 
@@ -283,5 +293,5 @@ def test_skinny_gemm_refuses_many_rows_and_other_counters():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name, run in CHECKS.items():
-        print(json.dumps([name, run()]), flush=True)
+    for name in sys.argv[1:]:
+        print(json.dumps([name, CHECKS[name]()]), flush=True)

@@ -204,7 +204,7 @@ def test_processes_take_turns(tmp_path, folder):
         assert all(first[1] <= second[0] for first, second in pairwise(times)), times
 
 
-@pytest.mark.parametrize("guard_too", [False, True])
+@pytest.mark.parametrize("guard_too", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_lock_outlives_its_killed_parent_while_the_child_runs(tmp_path, folder, guard_too):
     log = tmp_path / "stubborn"
     process = parent(tmp_path, log, A)

@@ -38,15 +38,16 @@ def forms(tensors: list[torch.Tensor]) -> list[list[Any]]:
     return [[str(x.dtype), list(x.shape), list(x.stride())] for x in tensors]
 
 
-def misuse(kernel: Kernel, case: Case, device: torch.device) -> list[str]:
-    """What the op did to arguments that it does not own, and results that share memory with arguments."""
+def used(kernel: Kernel, case: Case, device: torch.device) -> tuple[list[torch.Tensor], list[str]]:
+    """Its results; what the op did to arguments that it does not own, and results that share memory with arguments."""
     given, before = arguments_of(case, device), arguments_of(case, device)
-    returned = results(kernel.op, case, given)[: -len(case.mutates) or None]
+    made = results(kernel.op, case, given)
+    returned = made[: -len(case.mutates) or None]
     inputs = {i: x for i, x in enumerate(given) if isinstance(x, torch.Tensor)}
     changed = [i for i, x in inputs.items() if i not in case.mutates and not torch.equal(x, before[i])]
     memory = {x.untyped_storage().data_ptr() for x in inputs.values()}
     shared = [i for i, x in enumerate(returned) if x.untyped_storage().data_ptr() in memory]
-    return [f"argument {i} is changed" for i in changed] + [f"result {i} is an argument's memory" for i in shared]
+    return made, [f"argument {i} is changed" for i in changed] + [f"result {i} is an argument's memory" for i in shared]
 
 
 def interpret(names: list[str]) -> None:
@@ -57,8 +58,8 @@ def interpret(names: list[str]) -> None:
             record: dict[str, Any] = {"kernel": name, "case": case.name, "error": ""}
             try:
                 record["wrong"] = [f"{c.output}: {c.wrong}" for c in check(KERNELS[name], case, CPU) if c.wrong]
-                record["misuse"] = misuse(KERNELS[name], case, CPU)
-                record["forms"] = forms(results(KERNELS[name].op, case, arguments_of(case, CPU)))
+                made, record["misuse"] = used(KERNELS[name], case, CPU)
+                record["forms"] = forms(made)
             except Exception:
                 record["error"] = traceback.format_exc()
             print(json.dumps(record), flush=True)
@@ -330,7 +331,7 @@ def test_discovery_leaves_nothing_out(files, message, tmp_path, monkeypatch):
 def test_on_gpu(name, case):
     device = torch.device("cuda", 0)
     assert [c for c in check(KERNELS[name], case_of(name, case), device) if c.wrong] == []
-    assert misuse(KERNELS[name], case_of(name, case), device) == []
+    assert used(KERNELS[name], case_of(name, case), device)[1] == []
     torch.cuda.empty_cache()
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from pi0exp import load
 from pi0exp.errors import UserError
 from pi0exp.load import main, read_record, write_record
 from pi0exp.result import Outcome, Result, record
@@ -63,14 +64,16 @@ def test_folder_that_cannot_be_written(tmp_path):
         write_record(point(), tmp_path)
 
 
-def test_round_trip_and_once_only(tmp_path, root, capsys):
+def test_round_trip_and_once_only(tmp_path, root, capsys, monkeypatch):
+    monkeypatch.setattr(load, "PLAIN_BYTES", 20_000)  # MLflow takes 10 s for the samples of a file of a megabyte
     points = [
         point(study="trip"),
         point("wrong_numerics", "trip", "f" * 16),
         point("unsupported", "trip", "e" * 16, gpu="AMD MI350X"),
-        point(study="trip", key="d" * 16, samples=60_000),
+        point(study="trip", key="d" * 16, samples=1_500),
     ]
     files = [write_record(one, tmp_path) for one in points]
+    assert [file.suffix for file in files] == [".json", ".json", ".json", ".gz"]
     assert main([str(tmp_path), "--root", str(root)]) == 0
     out = capsys.readouterr().out
     assert out.count("\n") == 5
@@ -189,11 +192,15 @@ def test_command_and_its_help(tmp_path, root):
     done = command(write_record(point(study="command"), tmp_path), "--root", root)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("1 file: 1 loaded, 0 already there\n")
-    shown = command("--help")
-    assert shown.returncode == 0
-    assert "example: python -m pi0exp.load" in shown.stdout
-    assert command().returncode == 2
     refused = command(tmp_path, "--root", write_record(point(), tmp_path))
     assert refused.returncode == 2
     assert "is a file where a folder must be" in refused.stderr
     assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), ([], 2)])
+def test_words_that_load_nothing(capsys, words, code):
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == code
+    assert ("example: python -m pi0exp.load" in capsys.readouterr().out) == (words == ["--help"])

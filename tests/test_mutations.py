@@ -535,15 +535,18 @@ def bf16_actions(case: str, breaks: Callable[[Pi0], None]) -> Tensor:
         return model.sample_actions(observation_of(case), noise_of(case), num_steps_of(case))
 
 
-def test_bf16_scale_off_shows_on_average(monkeypatch: pytest.MonkeyPatch):
-    """The original with this mistake has 1.54; the limit is 1.25."""
+@pytest.mark.parametrize("cases", ["tiny", pytest.param("", marks=pytest.mark.slow, id="all")])
+def test_bf16_scale_off_shows_on_average(monkeypatch: pytest.MonkeyPatch, cases: str):
+    """The original with this mistake has 1.54; the limit is 1.25. In bf16 a CPU takes 20 s for the case of geometry."""
 
     def breaks(model: Pi0) -> None:
         MISTAKES["attention scale 2 % off"](monkeypatch.setattr, model, None)
 
-    assert geometric_mean(bf16_ratio(case, bf16_actions(case, breaks)) for case in BF16_CASES) > 1.25
+    ratios = [bf16_ratio(case, bf16_actions(case, breaks)) for case in BF16_CASES if case.startswith(cases)]
+    assert geometric_mean(ratios) > 1.25
 
 
+@pytest.mark.slow
 def test_bf16_exact_frequencies_show_in_long_sequences():
     """The original with this mistake has 7.4; the limit is 2."""
     (case,) = (case for case in BF16_CASES if case.startswith("geometry"))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import pytest
 import torch
 from golden import BF16_CASES, load_model, noise_of, num_steps_of, observation_of
-from helpers import GROUPS_OF, built, plain_config, subject_of, tiny_observation, tiny_policy, with_option
+from helpers import GROUPS_OF, built, lacking, plain_config, subject_of, tiny_observation, tiny_policy, with_option
 from torch import Tensor, nn
 
 from pi0exp import build, config
@@ -58,11 +58,6 @@ def made(*words: str) -> PolicyInstance:
     if repr(subject) not in _made:
         _made[repr(subject)] = built(subject)
     return _made[repr(subject)]
-
-
-def lacking(group: str, name: str) -> list[str]:
-    """Why a CPU cannot run the option alone."""
-    return build.unmet(config.stack(plain_config(f"{group}={name}")), HOST)
 
 
 RUNNABLE = [
