@@ -1,5 +1,5 @@
-"""fusion=blocks on a GPU, on models of full width with two layers a stage and on golden ones; `test_blocks` has what a
-CPU can show."""
+"""fusion=blocks on a GPU, on models of full width with two layers a stage and on the golden data. What a CPU can show
+stands in `test_blocks`."""
 
 import random
 from collections.abc import Iterator
