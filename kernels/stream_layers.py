@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from pi0exp.kernels.attention import HIDDEN, attend_reference
+from pi0exp.kernels.gemm_epilogue import DTYPES
 from pi0exp.kernels.kernel import INTERPRETED, Kernel, launchable, require
 from pi0exp.kernels.skinny_gemm import check_counters
 from pi0exp.kernels.stream import inverse_rms
@@ -239,7 +240,7 @@ def stream_layers(
     for tensor, shape in shapes:
         fits = tensor.shape == shape and tensor.is_contiguous() and tensor.dtype is dtype
         require(fits, f"{tensor.dtype} {list(tensor.shape)} is not {dtype} {list(shape)}, contiguous")
-    require(dtype in (torch.bfloat16, torch.float16) or INTERPRETED, f"weights are {dtype}: not of 16 bits")
+    require(dtype in DTYPES, f"weights are {dtype}: wanted bfloat16, float16 or float32")
     require(tokens_BTD.is_contiguous() and tokens_BTD.is_floating_point(), "tokens are not contiguous floats")
     for name, table, fit in (
         ("scales", scales_ND, (2 * L + 1, D)), ("gates", gates_ND, (2 * L, D)), ("offsets", qkv_offsets_LC, (L, C)),
@@ -257,7 +258,8 @@ def stream_layers(
     check_counters(slots, PHASES * L + 1)
     constants = LAUNCH.constants(D, N, H, F)
     parts = triton.cdiv(start + T, constants["BN"])
-    programs = 1 if INTERPRETED else torch.cuda.get_device_properties(tokens_BTD.device).multi_processor_count
+    cpu = tokens_BTD.device.type == "cpu"  # interpreted, or traced
+    programs = 1 if cpu else torch.cuda.get_device_properties(tokens_BTD.device).multi_processor_count
     x, end, q, xs, mixed, hidden = (
         qkv_LCD.new_empty(size)
         for size in ((T, D), (1, T, D), (T, N * H), (ROWS.value, D), (ROWS.value, N * H), (ROWS.value, F))

@@ -59,9 +59,7 @@ def test_space_has_nothing_approximate(h200):
         space_of("precision=bf16,fp8", machine=H200)
 
 
-@pytest.mark.parametrize(
-    "stack", ["0_eager", "7_hoists", "8_compiled", "9_blocks", "10_persistent", "fork_best_masked", "h200_best"]
-)
+@pytest.mark.parametrize("stack", ["0_eager", "7_hoists", "8_compiled", "9_blocks", "fork_best_masked", "h200_best"])
 def test_words_of_a_named_stack_are_the_same_point(stack, h200):
     row = row_of(h200, f"stack={stack}")
     plain = plain_config("model=tiny", *h200.words(row))
