@@ -311,7 +311,11 @@ def test_false_alarms_are_rarer_than_stated_and_slowdowns_are_seen(monkeypatch):
 
 @pytest.mark.slow
 def test_whole_children(tmp_path, capsys, monkeypatch):
-    """Update, pass, and fail: a subject that has become slower. The store holds the runs as study gate."""
+    """Update, pass, and fail: a subject that has become slower. The store holds the runs as study gate.
+
+    It becomes ten times slower, not a little: with three processes on a busy machine, one of them half as slow again
+    by chance makes the interval of the ratio four times as wide to either side.
+    """
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     quick = [word for word in QUICK if not word.startswith("model=")]
     toy = ["subject._target_=paced_subject.Paced", *quick, "measure.samples=30"]
@@ -320,10 +324,11 @@ def test_whole_children(tmp_path, capsys, monkeypatch):
     assert run(path, *root, "--margin", "0.2") == 0
     found = json.loads(path.read_text())
     [entry] = found["points"].values()
-    entry["words"][-1] = "+subject.ms=2.0"
+    entry["words"][-1] = "+subject.ms=10.0"
     path.write_text(json.dumps(found))
     capsys.readouterr()
     assert run(path, *root, "--margin", "0.2", "--json") == 1
     [check] = json.loads(capsys.readouterr().out)["checks"]
-    assert check["ratio"]["ratio"] == pytest.approx(2, rel=0.1)
+    assert check["ratio"]["low"] > 1.2
+    assert check["now_ms"] / check["baseline_ms"] == pytest.approx(10, rel=0.5)
     assert len(runs(tmp_path, "gate")) == 9
