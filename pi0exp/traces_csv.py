@@ -3,7 +3,7 @@
 The header tells which tool wrote the file. Columns, as the tools' documentation names them:
   rocprof                     results.csv: KernelName, BeginNs, EndNs, gpu-id
   rocprofv3                   kernel_trace.csv: Kernel_Name, Start_Timestamp, End_Timestamp (ns), Agent_Id
-  rocprof --stats, rocprofv3 --stats    Name, Calls, TotalDurationNs
+  rocprof --stats, rocprofv3 --stats    Name, Calls, TotalDurationNs; older rocprofs write names without quotes
   nsys stats                  cuda_gpu_trace: Start, Duration, Device, Name; cuda_gpu_kern_sum: Total Time, Instances,
                               Name; the unit stands in brackets behind the column's name
 """
@@ -20,8 +20,11 @@ from pi0exp.slices import Kind, Slice, Trace
 _PREAMBLE_LINES = 30
 """`nsys stats` says on standard output what it exports before it prints the header."""
 _UNITS_US = {"ns": 1e-3, "nsec": 1e-3, "us": 1.0, "usec": 1.0, "μs": 1.0, "ms": 1e3, "msec": 1e3, "s": 1e6, "sec": 1e6}
-_HOST_CALLS = re.compile(r"hip[A-Z]\w*|hsa_\w+|__hip\w+|roctx\w+|(KERNEL|MEMORY|HIP|HSA|MARKER|RCCL)_[A-Z_]+")
-"""Names in statistics of host calls and of whole domains, which have the columns of those of kernels."""
+_NO_KERNEL = re.compile(
+    r"hip[A-Z]\w*|hsa_\w+|__hip\w+|roctx\w+|Copy(Host|Device)To(Host|Device)\w*|FillBuffer"
+    r"|(KERNEL|MEMORY|SCRATCH|COUNTER|HIP|HSA|MARKER|RCCL)_[A-Z_]+"
+)
+"""Names in statistics of host calls, of copies and of whole domains, which have the columns of those of kernels."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class _Layout:
     """What identifies a file and where its values stand; names of columns without their units.
 
     Either `end` or `duration` is there. mark: another column that the file must have. foreign: one that makes it
-    another file.
+    another file. bare: whether names can stand without quotes, with commas in them.
     """
 
     format: str
@@ -41,6 +44,7 @@ class _Layout:
     device: str = ""
     mark: str = ""
     foreign: str = ""
+    bare: bool = False
 
     def fits(self, titles: set[str]) -> bool:
         needed = {self.name, self.start, self.end, self.duration, self.count, self.mark} - {""}
@@ -53,7 +57,7 @@ _LAYOUTS = (
         "rocprofv3 kernel trace", "Kernel_Name", start="Start_Timestamp", end="End_Timestamp", device="Agent_Id",
         foreign="Counter_Name",
     ),
-    _Layout("rocprof stats", "Name", duration="TotalDurationNs", count="Calls"),
+    _Layout("rocprof stats", "Name", duration="TotalDurationNs", count="Calls", bare=True),
     _Layout("nsys cuda_gpu_trace", "Name", start="Start", duration="Duration", device="Device", mark="GrdX"),
     _Layout("nsys cuda_gpu_kern_sum", "Name", duration="Total Time", count="Instances"),
 )  # fmt: skip
@@ -70,9 +74,10 @@ def read_csv(path: Path, text: str, known: str) -> Trace:
         ]
     except csv.Error as error:
         raise UserError(f"{path}: line {rows.line_num} is no CSV ({error})") from error
-    if layout.format == "rocprof stats" and slices and all(_HOST_CALLS.fullmatch(one.name) for one in slices):
+    if layout.format == "rocprof stats" and slices and all(_NO_KERNEL.fullmatch(one.name) for one in slices):
         raise UserError(
-            f"{path}: statistics of host calls, not of kernels; take the file of the kernels (kernel_stats)"
+            f"{path}: statistics of host calls, copies or domains, not of kernels;"
+            " take the file of the kernels (kernel_stats, results.stats)"
         )
     return Trace(layout.format, sorted(slices, key=lambda one: one.start_us or 0.0))
 
@@ -82,24 +87,38 @@ class _Table:
 
     def __init__(self, layout: _Layout, header: list[str]):
         self.layout, self.width = layout, len(header)
+        self.origin: float | None = None
         self.places = {_plain(title): place for place, title in enumerate(header)}
         self.scales = {_plain(title): _UNITS_US[_unit(title) or "ns"] for title in header}
 
     def slice(self, row: list[str], where: str) -> Slice:
         """One row; `where` it stands, for the error."""
+        if self.layout.bare:
+            row = self._joined(row)
         if len(row) != self.width:
             raise UserError(f"{where} has {len(row)} cells where the header has {self.width}: the file is torn")
         layout, name = self.layout, row[self.places[self.layout.name]]
-        start = self._us(row, layout.start, where) if layout.start else None
-        duration = self._us(row, layout.duration or layout.end, where) - (start or 0.0 if layout.end else 0.0)
+        # Differences before microseconds: of a long count of nanoseconds, microseconds lose the last digits.
+        start, begin = None, 0.0
+        if layout.start:
+            begin = self._value(row, layout.start, where)
+            self.origin = begin if self.origin is None else self.origin
+            start = (begin - self.origin) * self.scales[layout.start]
+        until = layout.duration or layout.end
+        duration = (self._value(row, until, where) - (begin if layout.end else 0.0)) * self.scales[until]
         if duration < 0:
             raise UserError(f"{where}: {name[:60]} ends before it begins")
         count = int(_number(row[self.places[layout.count]], where, layout.count)) if layout.count else 1
         device = row[self.places[layout.device]] if layout.device in self.places else ""
         return Slice(name, duration, start, _kind(name), count, device)
 
-    def _us(self, row: list[str], column: str, where: str) -> float:
-        return _number(row[self.places[column]], where, column) * self.scales[column]
+    def _joined(self, row: list[str]) -> list[str]:
+        """The row with the name in one cell, where commas of a name without quotes have divided it."""
+        place, more = self.places[self.layout.name], max(len(row) - self.width, 0)
+        return [*row[:place], ", ".join(row[place : place + more + 1]), *row[place + more + 1 :]]
+
+    def _value(self, row: list[str], column: str, where: str) -> float:
+        return _number(row[self.places[column]], where, column)
 
 
 def _header(path: Path, rows: Iterator[list[str]], known: str) -> tuple[list[str], _Layout]:

@@ -21,7 +21,10 @@ from pi0exp.slices import Ceilings, Kind, Product, Slice, Trace
 from pi0exp.traces import read_trace
 
 TRACES = Path(__file__).parent / "data" / "traces"
-CSV = ["nsys_cuda_gpu_trace.csv", "nsys_stdout.csv", "rocprofv3_kernel_trace.csv", "rocprof_results.csv"]
+CSV = [
+    "nsys_cuda_gpu_trace.csv", "nsys_stdout.csv", "rocprofv3_kernel_trace.csv", "rocpd_kernel_trace.csv",
+    "rocprof_results.csv",
+]  # fmt: skip
 
 
 def at(start_us: float, duration_us: float, name: str = "gemm", **more) -> Slice:
@@ -49,7 +52,13 @@ def test_timeline_is_accounted_for(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["nsys_cuda_gpu_kern_sum.csv", "rocprofv3_kernel_stats.csv", "rocprof_results.stats.csv"]
+    "name",
+    [
+        "nsys_cuda_gpu_kern_sum.csv",
+        "rocprofv3_kernel_stats.csv",
+        "rocprof_results.stats.csv",
+        "rocprof_bare_results.stats.csv",
+    ],
 )
 def test_sums_tell_no_span(name):
     found = break_down(read_trace(TRACES / name))

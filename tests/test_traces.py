@@ -16,12 +16,14 @@ TIMELINES = {
     "nsys_cuda_gpu_trace.csv": "nsys cuda_gpu_trace",
     "nsys_stdout.csv": "nsys cuda_gpu_trace",
     "rocprofv3_kernel_trace.csv": "rocprofv3 kernel trace",
+    "rocpd_kernel_trace.csv": "rocprofv3 kernel trace",
     "rocprof_results.csv": "rocprof",
 }
 SUMS = {
     "nsys_cuda_gpu_kern_sum.csv": "nsys cuda_gpu_kern_sum",
     "rocprofv3_kernel_stats.csv": "rocprof stats",
     "rocprof_results.stats.csv": "rocprof stats",
+    "rocprof_bare_results.stats.csv": "rocprof stats",
 }
 DURATIONS_US = [40, 8, 30, 2, 1, 9, 40]
 STARTS_US = [0, 45, 50, 82, 86, 90, 100]
@@ -41,9 +43,9 @@ def refused(path: Path) -> str:
 def test_timelines(name):
     trace = read_trace(TRACES / name)
     assert trace.format == TIMELINES[name]
-    assert [one.duration_us for one in trace.slices] == pytest.approx(DURATIONS_US, abs=1e-3)
+    assert [one.duration_us for one in trace.slices] == pytest.approx(DURATIONS_US, abs=1e-6)
     starts = [one.start_us - trace.slices[0].start_us for one in trace.slices]
-    assert starts == pytest.approx(STARTS_US, abs=1e-3)
+    assert starts == pytest.approx(STARTS_US, abs=1e-6)
     assert trace.timed
     assert len({one.device for one in trace.slices}) == 1
     assert trace.calls is None
@@ -58,6 +60,23 @@ def test_sums(name):
     assert (largest.count, largest.duration_us) == (2, pytest.approx(80))
     listed = DURATIONS_US if name.startswith("roc") else [40, 8, 30, 9, 40]  # this table of nsys has kernels only
     assert sum(one.duration_us for one in trace.slices) == pytest.approx(sum(listed))
+
+
+def test_names_without_quotes_keep_their_commas():
+    """As older rocprofs write them."""
+    found = read_trace(TRACES / "rocprof_bare_results.stats.csv")
+    assert found == read_trace(TRACES / "rocprof_results.stats.csv")
+    assert any(", at::native::CUDAFunctor_add<c10::BFloat16>, " in one.name for one in found.slices)
+
+
+def test_times_are_exact_to_the_nanosecond(tmp_path):
+    """A machine that has been up for weeks counts 16 digits of nanoseconds."""
+    path, start = tmp_path / "kernel_trace.csv", 4123456789012345
+    rows = [f'"k",{start + 1000 * i},{start + 1000 * i + 3}\n' for i in range(1000)]
+    path.write_text('"Kernel_Name","Start_Timestamp","End_Timestamp"\n' + "".join(rows))
+    found = break_down(read_trace(path))
+    assert found.kernels_ms * 1e6 == pytest.approx(3000, abs=1e-3)
+    assert found.span_ms * 1e6 == pytest.approx(999003, abs=1e-3)
 
 
 def test_kinds_of_nsys():
@@ -202,7 +221,10 @@ def test_missing_file_and_folder(tmp_path):
         ("header.csv", b'"Name","Calls","TotalDurationNs","AverageNs","Percentage"\n', "no GPU kernel"),
         ("api.csv", b"Start (ns),Duration (ns),Name,Result,CorrID\n1,2,cudaLaunchKernel,0,1\n", "no known file"),
         ("hip_stats.csv", b'"Name","Calls","TotalDurationNs"\nhipLaunchKernel,2,900\nhipMemcpy,1,30\n', "host calls"),
-        ("domains.csv", b'"Name","Calls","TotalDurationNs"\n"KERNEL_DISPATCH",2,900\n"HIP_API",1,30\n', "host calls"),
+        ("copy_stats.csv", b'"Name","Calls","TotalDurationNs"\nCopyDeviceToHost,2,900\nFillBuffer,1,30\n', "copies"),
+        ("domains.csv", b'"Name","Calls","TotalDurationNs"\n"KERNEL_DISPATCH",2,900\n"HIP_API",1,30\n', "domains"),
+        ("scratch.csv", b'"Name","Calls","TotalDurationNs"\n"KERNEL_DISPATCH",2,9\n"SCRATCH_MEMORY",1,3\n', "domains"),
+        ("bare.csv", b'"Name","Calls","TotalDurationNs"\nvoid k<1, 2>(int, int),2,9\nvoid k<3, 4>(i', "torn"),
         ("counters.csv", b'"Kernel_Name","Start_Timestamp","End_Timestamp","Counter_Name"\n"k",1,2,3\n', "known file"),
         ("backwards.csv", b'"Kernel_Name","Start_Timestamp","End_Timestamp"\n"k",5,2\n', "ends before it begins"),
         ("words.csv", b'"Kernel_Name","Start_Timestamp","End_Timestamp"\n"k",5,soon\n', "line 2"),
