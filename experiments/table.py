@@ -13,6 +13,7 @@ options is ever typed by hand:
     conf TABLE          what conf/ holds: options, stacks, inputs, switches
     answers all         every study: question, last answer, date, and where its table is
     plot STUDY          docs/STUDY.svg, which `python -m pi0exp.report --write` makes, and the answer
+    findings STUDIES    the answers of some studies, A,B,C
 
 `python experiments/table.py KIND NAME` prints one.
 """
@@ -42,6 +43,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "conf": lambda name: CONF[name](),
     "answers": answers.answers,
     "plot": answers.plot,
+    "findings": answers.findings,
 }
 BLOCK = re.compile(r"(?P<start><!-- (?P<kind>\w+) (?P<name>\S+) -->\n)(?P<body>.*?)(?P<end><!-- end -->)", re.DOTALL)
 

@@ -228,6 +228,13 @@ def from_words(words: Sequence[str]) -> dict[str, Any]:
         return plain(ours, choices(composed.hydra))
 
 
+def value_of(text: str) -> Any:
+    """What stands behind the = of a word, as YAML reads it: "[true,false]" is a list of two."""
+    read = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+    assert isinstance(read, dict)
+    return read["value"]
+
+
 def option_node(group: str, name: str) -> dict[str, Any]:
     """The composed node of one option as its file has it, within Hydra's own run or a `session`."""
     known = _NODES.setdefault(GlobalHydra.instance().config_loader(), {})

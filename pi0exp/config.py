@@ -109,6 +109,8 @@ class Answer(StrEnum):
     parity = "parity"
     scaling = "scaling"
     fidelity = "fidelity"
+    masks = "masks"
+    parts = "parts"
     none = "none"
 
 

@@ -70,7 +70,7 @@ def test_sums_tell_no_span(name):
 
 @pytest.mark.parametrize("path", sorted(TRACES.iterdir()), ids=lambda path: path.name)
 def test_every_trace_is_accounted_for(path):
-    """Those in whose name is `real` were written by a profiler on a GPU (experiments/record_trace.py)."""
+    """Those in whose name is `real` were written by a profiler on a GPU (the json: experiments/record_trace.py)."""
     found = break_down(read_trace(path))
     assert found.shares()["other"] < 0.03
     assert sum(found.shares().values()) == pytest.approx(1)
@@ -78,7 +78,7 @@ def test_every_trace_is_accounted_for(path):
         assert 0 <= found.idle_share < 1
         assert found.kernels_ms == pytest.approx(found.busy_ms)
         assert 0.98 <= found.metrics()["gpu/accounted_share"] <= 1.02
-    if "real" in path.name:
+    if "real.json" in path.name:
         assert found.calls == 2
         assert found.stages_by in (ORDER, RANGES)
         assert all(sum(found.stages[stage].values()) > 0 for stage in ("vision", "prefill", "denoise"))

@@ -18,7 +18,7 @@ from pi0exp.report import document, files, published, sources, study, text
 from pi0exp.report.answers import ANSWERS, answer
 from pi0exp.report.cells import number
 from pi0exp.report.chapters import chapters
-from pi0exp.report.rows import facets, latest
+from pi0exp.report.rows import facets, latest, missing
 from pi0exp.report.study import Study
 from pi0exp.result import Outcome
 from pi0exp.track import Store
@@ -78,6 +78,61 @@ def test_points_of_a_list_are_in_its_order():
     labels = [row.label for row in facets(one, records)[0].rows]
     assert labels == ["8_compiled", "8_compiled attention=eager", "8_compiled -rope_tables"]
     assert study.planned({"params": {"a": "1,2", "b": "x"}}) == ({"a": "1", "b": "x"}, {"a": "2", "b": "x"})
+
+
+BASE = ("stack=h200_best", "workload=masked", "workload.prompt_padded=48")
+"""What `study=ablation` is without its points."""
+
+
+def ablation(*words, ms):
+    return fakes.made("ablation", (*BASE, *words), ms)
+
+
+def test_a_point_is_the_planned_one_that_says_most_of_it():
+    """Whatever is as it was fits the point that changes nothing, too; of several, the whole group was meant."""
+    one = study.study("ablation")
+    base, graphs = ablation(ms=14.0), ablation("graphs=none", ms=160.0)
+    fused = ablation("fusion=projections", ms=24.0)
+    qkv = ablation("fusion.qkv=false", "fusion.rope=false", ms=21.0)
+    left = missing(one, [base, graphs, fused, qkv])
+    assert len(left) == len(one.planned) - 4
+    assert not {"workload.seed=0", "graphs=none", "fusion=projections", "fusion.qkv=False fusion.rope=False"} & {*left}
+    assert {"workload.seed=1", "fusion.norms=False", "fusion.rope=False"} <= {*left}
+
+
+def test_a_setting_as_in_its_file_is_not_that_of_another_point():
+    one = study.study("attention_backends")
+    automatic = fakes.made("attention_backends", ("stack=7_hoists", "attention=sdpa"), 27.0)
+    left = missing(one, [automatic])
+    assert "attention=sdpa" not in left
+    assert "attention=sdpa attention.backend=flash" in left
+    eager = fakes.made("attention_backends", ("stack=7_hoists", "attention=eager"), 33.0)
+    assert [row.names for row in facets(one, [automatic, eager])[0].rows] == [("eager", "-"), ("sdpa", "auto")]
+    assert [row.label for row in facets(one, [automatic, eager])[0].rows] == ["eager", "sdpa auto"]
+
+
+def test_parts_are_told_by_what_their_absence_costs():
+    one = study.study("ablation")
+    seeds = [ablation(f"workload.seed={seed}", ms=ms) for seed, ms in enumerate((14.0, 14.1, 13.9))]
+    records = [*seeds, ablation("graphs=none", ms=160.0), ablation("fusion.rewrites.rope_tables=false", ms=14.05)]
+    found = facets(one, records)
+    assert [row.p50 for row in found[0].rows][:3] == [14.0, 14.1, 13.9]
+    told = answer(one.report, found)
+    assert told.startswith("The whole stack takes 13.90 to 14.10 ms on 3 sets of observations")
+    assert "`h200_best graphs=none` +146.00 ms; 0 more cost something, 1 nothing that shows" in told
+    assert "whole stack" not in answer(one.report, facets(one, [seeds[0], records[3]]))  # noise is not known
+
+
+def test_masks_are_told_by_time_and_by_actions():
+    one = study.study("masking")
+    words = ("stack=h200_best", "workload.cameras_present=[true,true,false]")
+    keep, skip = (
+        fakes.made("masking", (*words, f"image_masking={name}"), ms) for name, ms in (("keep", 16), ("skip", 14))
+    )
+    ignore = fakes.made("masking", (*words, "image_masking=ignore"), 15.0, error=0.09, numerics="APPROXIMATE")
+    told = answer(one.report, facets(one, [keep, skip, ignore]))
+    assert "`skip` is the fastest of 2 with 14.00 ms, 1.14 times as fast as `keep`" in told
+    assert "`ignore` takes 15.00 ms and computes other actions, 9.0e-02 away" in told
 
 
 def test_of_one_point_the_latest_counts_and_a_quick_one_only_alone():

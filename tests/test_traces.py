@@ -125,6 +125,22 @@ def test_trace_recorded_on_a_gpu():
     assert any(row.product.k == 2048 for row in found.products)
 
 
+def test_nsys_recorded_on_a_gpu():
+    """`nsys profile -t cuda` (2025.3) of products, GELU, attention and norms, three times, and a copy to the host."""
+    timeline = read_trace(TRACES / "nsys_cuda_gpu_trace_real.csv")
+    sums = read_trace(TRACES / "nsys_cuda_gpu_kern_sum_real.csv")
+    found = break_down(timeline)
+    assert len(timeline.slices) == 24
+    assert found.busy_ms == pytest.approx(0.105025)  # as awk adds the column Duration
+    assert found.span_ms == pytest.approx(870.173547)
+    assert found.ms["other"] == 0
+    kernels = [one for one in timeline.slices if one.kind is Kind.kernel]
+    assert sum(one.count for one in sums.slices) == len(kernels) == 16
+    assert sum(one.duration_us for one in sums.slices) == pytest.approx(sum(one.duration_us for one in kernels))
+    kinds = ("gemm", "attention", "norm", "activation", "elementwise")
+    assert [break_down(sums).ms[kind] for kind in kinds] == pytest.approx([found.ms[kind] for kind in kinds])
+
+
 def test_kineto_trace_of_launches():
     trace = read_trace(TRACES / "kineto_h200_launched.json")
     assert (trace.calls, trace.launched) == (2, [])

@@ -21,12 +21,28 @@ def answers(name: str) -> str:
 
 def plot(name: str) -> str:
     """The picture of a study for the README, whose folder `docs/` is in; and its answer."""
-    chapter = next((one for one in _chapters() if one.study.name == name), None)
-    if chapter is None or not chapter.machines:
+    chapter = _measured().get(name)
+    if chapter is None:
         return NONE_YET
+    return f"![{chapter.study.question}](docs/{name}.svg)\n\n{_told(chapter)}\n"
+
+
+def findings(names: str) -> str:
+    """What came out of some studies, `a,b,c`, for the README: a point each, with a link to its tables."""
+    there = _measured()
+    lines = [f"* **{there[name].study.question}** {_told(there[name])}" for name in names.split(",") if name in there]
+    return "\n".join(lines) + "\n" if lines else NONE_YET
+
+
+def _told(chapter: Chapter) -> str:
+    """The newest answer, of which machine it is, and where all of it stands."""
     last = max(chapter.machines, key=lambda machine: machine.date)
-    link = f"[All of it](experiments/results/{name}/{last.slug}.md)"
-    return f"![{chapter.study.question}](docs/{name}.svg)\n\n{last.answer} {last.about} {link}.\n"
+    link = f"[All of it](experiments/results/{chapter.study.name}/{last.slug}.md)"
+    return f"{last.answer} {last.about} {link}."
+
+
+def _measured() -> dict[str, Chapter]:
+    return {one.study.name: one for one in _chapters() if one.machines}
 
 
 @cache

@@ -80,22 +80,23 @@ def ladder(config: ReportConfig, found: Sequence[Facet]) -> str:
 
 
 def fastest(config: ReportConfig, found: Sequence[Facet]) -> str:
-    def sentence(facet: Facet) -> str:
-        best, ranked = facet.best, [row for row in facet.rows if row.ranked]
-        if best is None:
-            return ""
-        if len(ranked) == 1:
-            return f"`{best.label}` takes {_time(best, facet)}"
-        even = [row for row in ranked if row is not best and not _slower(best, row)]
-        names = " and ".join(f"`{row.label}`" for row in (best, *even))
-        verb = "is the fastest" if not even else "are the fastest, no difference seen between them,"
-        text = f"{names} {verb} of {len(ranked)} with {_time(best, facet)}"
-        base = facet.baseline
-        if base is None or base is best or base in even:
-            base = max(ranked, key=lambda row: row.p50)
-        return text if base in even else f"{text}, {base.p50 / best.p50:.2f} times as fast as `{base.label}`"
+    return _each(found, _fastest)
 
-    return _each(found, sentence)
+
+def _fastest(facet: Facet) -> str:
+    best, ranked = facet.best, facet.ranked
+    if best is None:
+        return ""
+    if len(ranked) == 1:
+        return f"`{best.label}` takes {_time(best, facet)}"
+    even = [row for row in ranked if row is not best and not _slower(best, row)]
+    names = " and ".join(f"`{row.label}`" for row in (best, *even))
+    verb = "is the fastest" if not even else "are the fastest, no difference seen between them,"
+    text = f"{names} {verb} of {len(ranked)} with {_time(best, facet)}"
+    base = facet.baseline
+    if base is None or base is best or base in even:
+        base = max(ranked, key=lambda row: row.p50)
+    return text if base in even else f"{text}, {base.p50 / best.p50:.2f} times as fast as `{base.label}`"
 
 
 def _slower(best: Row, other: Row) -> bool:
@@ -198,12 +199,51 @@ def fidelity(config: ReportConfig, found: Sequence[Facet]) -> str:
     return _each(found, sentence)
 
 
+def masks(config: ReportConfig, found: Sequence[Facet]) -> str:
+    """The fastest of those that compute the same, and how far away the actions of the others are."""
+
+    def sentence(facet: Facet) -> str:
+        others = [
+            f"`{row.label}` takes {_time(row, facet)} and computes other actions, {far:.1e} away"
+            for row in facet.ok
+            if row.approximate and (far := row.metric("error/rel_l2")) is not None
+        ]
+        return ", ".join(filter(None, [_fastest(facet), *others]))
+
+    return _each(found, sentence)
+
+
 def _named(row: Row) -> str:
     """Its name in brackets, if it is one that can be read in a sentence."""
     return f" (`{row.label}`)" if len(row.label) <= _READABLE else ""
 
 
 _READABLE = 40
+
+
+def parts(config: ReportConfig, found: Sequence[Facet]) -> str:
+    """What each row costs against the baseline, the dearest first; the baseline's repetitions say what is noise."""
+
+    def sentence(facet: Facet) -> str:
+        base = facet.baseline
+        if base is None:
+            return ""
+        same = [row for row in facet.ranked if row.record["params"] | _SEED == base.record["params"] | _SEED]
+        low, high = min(same, key=lambda row: row.p50), max(same, key=lambda row: row.p50)
+        dearer = sorted((row for row in facet.ranked if _slower(high, row)), key=lambda row: -row.p50)
+        if len(same) < 2 or not dearer:
+            return ""
+        named = ", ".join(f"`{row.label}` {row.p50 - base.p50:+.2f} ms" for row in dearer[:MOST])
+        rest = len(facet.ranked) - len(same) - len(dearer)
+        return (
+            f"the whole stack takes {low.p50:.2f} to {high.p50:.2f} ms on {len(same)} sets of observations; most is "
+            f"lost with {named}; {len(dearer[MOST:])} more cost something, {rest} nothing that shows"
+        )
+
+    return _each(found, sentence)
+
+
+_SEED = {"workload.seed": "0"}
 
 
 def none(config: ReportConfig, found: Sequence[Facet]) -> str:
@@ -216,5 +256,7 @@ ANSWERS: dict[Answer, Callable[[ReportConfig, Sequence[Facet]], str]] = {
     Answer.parity: parity,
     Answer.scaling: scaling,
     Answer.fidelity: fidelity,
+    Answer.masks: masks,
+    Answer.parts: parts,
     Answer.none: none,
 }

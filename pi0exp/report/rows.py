@@ -12,6 +12,7 @@ from pi0exp.config import GROUPS
 from pi0exp.experiments.tables.points import changes, short
 from pi0exp.interval import median_interval
 from pi0exp.operands import comparable
+from pi0exp.option import STAGES
 from pi0exp.result import Outcome
 from pi0exp.track import Record
 
@@ -34,7 +35,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        return " ".join(self.names)
+        return " ".join(name for name in self.names if name != "-")
 
     @property
     def ok(self) -> bool:
@@ -100,9 +101,13 @@ class Facet:
         return [row for row in self.rows if row.ok]
 
     @property
+    def ranked(self) -> list[Row]:
+        return [row for row in self.rows if row.ranked]
+
+    @property
     def best(self) -> Row | None:
         """The fastest of those that compute the same."""
-        return min((row for row in self.rows if row.ranked), key=lambda row: row.p50, default=None)
+        return min(self.ranked, key=lambda row: row.p50, default=None)
 
     def ratio(self, row: Row) -> float | None:
         """How many times as fast as the baseline."""
@@ -140,7 +145,7 @@ def facets(study: "Study", records: Iterable[Record]) -> list[Facet]:
         title = ", ".join(_titled(name, value) for name, value in zip(config.facet, values, strict=True))
         rows = labelled(members, [name for name in config.label if name not in config.facet], varied)
         one = Facet(title, tuple(rows))
-        first = next((row for row in rows if row.ranked), None) or next(iter(one.ok), None)
+        first = next(iter(one.ranked), None) or next(iter(one.ok), None)
         baseline = {"first": first, "best": one.best, "none": None}[config.baseline]
         made.append(replace(one, baseline=baseline))
     return made
@@ -148,7 +153,7 @@ def facets(study: "Study", records: Iterable[Record]) -> list[Facet]:
 
 def _order(study: "Study", record: Record) -> tuple[Any, ...]:
     """As planned, if it was; otherwise the slowest first. Facets come in the order of their first rows."""
-    place = _place(study.planned, record["params"]) if study.report.order == "sweep" else 0
+    place = _place(study, record) if study.report.order == "sweep" else 0
     named = [shown(record, name, _varied(study)) for name in study.report.facet]
     return place, named, -record["metrics"].get(P50, 0.0), record["key"]
 
@@ -160,21 +165,42 @@ def _varied(study: "Study") -> frozenset[str]:
     return frozenset([*config.label, *config.series, *filter(None, [config.x]), *swept])
 
 
-def _place(planned: Sequence[dict[str, str]], params: dict[str, str]) -> int:
-    """Which of the planned points this is: of those that nothing speaks against the one with the most words.
+def _place(study: "Study", record: Record) -> int:
+    """Which of the planned points this is: of those that nothing speaks against the one that says the most.
 
-    A parameter that a point does not have is as in its file, which a word may say, too.
+    Words that the study would have without them say nothing: `workload.seed=0`, for the point that changes nothing.
     """
-    best, found = -1, len(planned)
-    for i, words in enumerate(planned):
-        if all(params.get(name, value) == value for name, value in words.items()) and len(words) > best:
-            best, found = len(words), i
-    return found
+    fits = [i for i, words in enumerate(study.planned) if all(holds(record, *word) for word in words.items())]
+    if len(fits) < 2:
+        return fits[0] if fits else len(study.planned)
+
+    def said(i: int) -> tuple[int, int]:
+        words = study.planned[i]
+        return sum(not study.has(*word) for word in words.items()), len(words)
+
+    return max(fits, key=said)
+
+
+def holds(record: Record, name: str, value: str) -> bool:
+    """Whether `name=value` of the command line is true of a point.
+
+    A parameter that a point does not have is as in its file: that is in the whole experiment. What stands in neither,
+    a setting that did not exist yet, speaks against nothing.
+    """
+    params = record["params"]
+    if params.get(name) == value:
+        return True
+    there: Any = record["experiment"]
+    for part in name.split("."):
+        if not isinstance(there, dict) or part not in there or "." not in name:
+            return name not in params
+        there = there[part]
+    return bool(there == compose.value_of(value))
 
 
 def missing(study: "Study", records: Iterable[Record]) -> list[str]:
     """The planned points that none of the records is, each by the words that tell it."""
-    there = {_place(study.planned, record["params"]) for record in records}
+    there = {_place(study, record) for record in records}
     alone = len({name for words in study.planned for name in words}) == 1
     return [
         " ".join(value if alone else f"{name}={value}" for name, value in words.items())
@@ -194,7 +220,12 @@ def shown(record: Record, name: str, varied: Container[str] = ()) -> str:
     if name in ("model", "workload") and params.get(name) in compose.files()[name]:
         changed = (one for one in changes(record, name) if f"{name}.{one.partition('=')[0]}" not in varied)
         return " ".join([params[name], *changed])
-    return str(params.get(name, params.get(name.partition(".")[0], "-") if name.startswith(GROUPS) else "-"))
+    group, _, setting = name.partition(".")
+    if name in params or setting in STAGES:  # a stage without an option of its own has that of all
+        return str(params.get(name, params.get(group, "-")))
+    node = record["experiment"].get(group)
+    value = node.get(setting) if group in GROUPS and isinstance(node, dict) else None
+    return "-" if value is None else str(value)
 
 
 def options(params: dict[str, str]) -> str:

@@ -6,6 +6,7 @@ question, and is shown all the same.
 """
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,20 @@ class Study:
     commands: tuple[str, ...] = ()
     report: ReportConfig = field(default_factory=ReportConfig)
     planned: tuple[dict[str, str], ...] = ()
+
+    @cached_property
+    def _unswept(self) -> dict[str, Any]:
+        """What the study composes to where nothing is swept; nothing for one that has no yaml."""
+        return compose.from_words([f"study={self.name}"]) if self.name in compose.files()["study"] else {}
+
+    def has(self, name: str, value: str) -> bool:
+        """Whether `name=value` is so in the study without a word that says it."""
+        found: Any = self._unswept.get("names", {}) if "." not in name else self._unswept
+        for part in name.split("."):
+            if not isinstance(found, dict) or part not in found:
+                return False
+            found = found[part]
+        return bool(found == compose.value_of(value))
 
 
 @dataclass(frozen=True)
