@@ -9,12 +9,16 @@ running study is interrupted, which ends the point that it measures. Then a line
 is missing; the same command goes on there. What each study took is kept in RESULTS/campaign.jsonl; the time that the
 rest needs is estimated from it.
 
+A point that was measured with other code is another one, and is measured again. With --missing it is not: only what no
+result file has from this kind of GPU is, so that a study can grow over days; its tables name every commit.
+
 exit codes: 0 all complete; 1 something is missing or failed; 2 what was asked for cannot be.
 """
 
 import argparse
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -26,6 +30,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pi0exp import compose
+from pi0exp.load import gpu_slug
+from pi0exp.machine import this_machine
+from pi0exp.outcomes import settled
+from pi0exp.report import sources
+from pi0exp.report.rows import holds, unmeasured
+from pi0exp.report.study import study as study_of
 from pi0exp.result import CONFIG_ERROR
 
 ORDER = (
@@ -45,6 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", metavar="STUDY|WORD", help="studies (default: all), and words for each")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many; default: no limit")
     parser.add_argument("--quick", action="store_true", help="measure=quick")
+    parser.add_argument(
+        "--missing", action="store_true", help="only points without a result file, whatever code made it"
+    )
     parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="where results are written")
     parser.add_argument("--root", type=Path, help="folder of the MLflow store; default: mlruns of the repository")
     given = parser.parse_intermixed_args(arguments)
@@ -65,8 +78,16 @@ def main(arguments: list[str] | None = None) -> int:
         if time.monotonic() >= end:
             rows.append({"study": study, "state": "not begun"})
             continue
-        bring_in(given.results / study, given.root)
-        row = run(study, [*words, *own, f"track.results={given.results}"], end - time.monotonic())
+        mine = [*words, *own, f"track.results={given.results}"]
+        if given.missing and study_of(study).planned:
+            lines, mine = lacking(study, given.results, mine)
+            if not lines:
+                rows.append({"study": study, "state": "complete"})
+                continue
+            mine += [sweep_of(lines), "hydra.sweeper.params=null"]
+        else:
+            bring_in(given.results / study, given.root)
+        row = run(study, mine, end - time.monotonic())
         rows.append(row)
         with log.open("a") as file:
             file.write(json.dumps(row | {"words": words}) + "\n")
@@ -74,6 +95,35 @@ def main(arguments: list[str] | None = None) -> int:
     for row in rows:
         print(line_of(row, [one for one in earlier if one["study"] == row["study"] and one["words"] == words]))
     return int(any(row["state"] != "complete" for row in rows))
+
+
+def lacking(name: str, results: Path, words: list[str]) -> tuple[list[str], list[str]]:
+    """The planned points of a study that have no settled result of this kind of GPU, each as a line of words.
+
+    words: of the command line. They choose among the points, and those that no point says stay for all of them: second.
+    """
+    study, gpu = study_of(name), this_machine().gpu
+    pairs = [(word.partition("=")[0], word.partition("=")[2]) for word in words]
+    asked = [(key, value) for key, value in pairs if key.partition(".")[0] not in ("measure", "track", "resume")]
+    found = sources.committed([name], results).get(name, {}).get(gpu_slug(gpu or "cpu"), [])
+    said = {key for line in study.planned for key in line}
+    free = {"model", "workload"} - said - {key for key, _ in asked}  # then those of the study itself are meant
+    kept = [
+        record
+        for record in found
+        if settled(record)
+        and all(holds(record, *pair) for pair in asked)
+        and all(study.has(key, record["params"].get(key, "")) for key in free)
+    ]
+    chosen = [line for line in unmeasured(study, kept) if all(line.get(key, value) == value for key, value in asked)]
+    lines = [shlex.join(f"{key}={value}" for key, value in line.items()) for line in chosen]
+    return lines, [word for word, (key, _) in zip(words, pairs, strict=True) if key not in said]
+
+
+def sweep_of(lines: list[str]) -> str:
+    """The word that makes a sweep of these points."""
+    quoted = (line.replace("\\", "\\\\").replace('"', '\\"') for line in lines)
+    return "hydra.sweeper.points=[" + ",".join(f'"{line}"' for line in quoted) + "]"
 
 
 def bring_in(folder: Path, root: Path | None) -> None:

@@ -2,8 +2,16 @@
 
 import json
 import subprocess
+from dataclasses import replace
 
+import pytest
+import report_fakes as fakes
+
+from pi0exp import sweep
 from pi0exp.experiments import campaign
+from pi0exp.load import write_record
+from pi0exp.machine import this_machine
+from pi0exp.result import Outcome
 
 
 class Process:
@@ -44,3 +52,54 @@ def test_at_the_limit_nothing_is_begun(tmp_path, monkeypatch, capsys):
 def test_unknown_study_is_named(tmp_path, capsys):
     assert campaign.main(["none_such", "--results", str(tmp_path)]) == 2
     assert "none_such: no such study; there are ladder, " in capsys.readouterr().err
+
+
+@pytest.fixture
+def on_h200(monkeypatch):
+    monkeypatch.setattr(campaign, "this_machine", lambda: replace(this_machine(), gpu=fakes.H200["gpu"]))
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_missing_points_are_those_without_a_settled_file_of_this_gpu(tmp_path):
+    """Whatever code made the file; one of another model or GPU, or that ended badly, does not count."""
+    base = ("stack=h200_best", "workload=masked", "workload.prompt_padded=48")
+    there = fakes.made("ablation", (*base, "graphs=none"), 160.0)
+    other_model = fakes.made("ablation", (*base, "model=pi05", "attention=sdpa"), 15.0)
+    other_gpu = fakes.made("ablation", (*base, "attention=eager"), 20.0, prints=fakes.H200 | {"gpu": "NVIDIA B200"})
+    broken = fakes.failed("ablation", (*base, "fusion=projections"), Outcome.ERROR, "torn")
+    for record in (there, other_model, other_gpu, broken):
+        write_record(record, tmp_path)
+    lines, words = campaign.lacking("ablation", tmp_path, ["measure=quick"])
+    assert words == ["measure=quick"]
+    assert len(lines) == 21
+    assert "graphs=none" not in lines
+    assert {"attention=sdpa", "attention=eager", "fusion=projections"} <= {*lines}
+    lines, _ = campaign.lacking("ablation", tmp_path, ["measure=quick", "model=pi05"])
+    assert "attention=sdpa" not in lines
+    assert "graphs=none" in lines
+
+
+@pytest.mark.usefixtures("on_h200")
+@pytest.mark.parametrize("study", ["ablation", "graph_capture", "masking"])
+def test_missing_points_are_a_sweep_of_their_own(study, tmp_path):
+    lines, _ = campaign.lacking(study, tmp_path, [])
+    points = sweep.planned([f"study={study}", campaign.sweep_of(lines), "hydra.sweeper.params=null"])
+    assert [" ".join(words) for words in points] == [f"study={study} {line}".replace("'", "") for line in lines]
+
+
+@pytest.mark.usefixtures("on_h200")
+def test_words_choose_among_missing_points(tmp_path, monkeypatch):
+    lines, words = campaign.lacking("ladder", tmp_path, ["workload=masked", "measure=quick"])
+    assert words == ["measure=quick"]
+    assert lines
+    assert all("workload=masked" in line for line in lines)
+    began = []
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: began.append(command) or Process(command))
+    for line in lines:
+        write_record(fakes.made("ladder", tuple(line.split()), 10.0), tmp_path)
+    assert campaign.main(["--missing", "ladder", "workload=masked", "--results", str(tmp_path)]) == 0
+    assert began == []
+    assert campaign.main(["--missing", "ladder", "--results", str(tmp_path)]) == 0
+    assert began[0][4].startswith("track.results=")
+    assert "workload=masked" not in " ".join(began[0])
+    assert "workload=default stack=0_eager" in began[0][5]

@@ -198,14 +198,18 @@ def holds(record: Record, name: str, value: str) -> bool:
     return bool(there == compose.value_of(value))
 
 
-def missing(study: "Study", records: Iterable[Record]) -> list[str]:
-    """The planned points that none of the records is, each by the words that tell it."""
+def unmeasured(study: "Study", records: Iterable[Record]) -> list[dict[str, str]]:
+    """The planned points that none of the records is, each by its words."""
     there = {_place(study, record) for record in records}
+    return [words for i, words in enumerate(study.planned) if i not in there]
+
+
+def missing(study: "Study", records: Iterable[Record]) -> list[str]:
+    """The same as texts, each by the words that tell it."""
     alone = len({name for words in study.planned for name in words}) == 1
     return [
         " ".join(value if alone else f"{name}={value}" for name, value in words.items())
-        for i, words in enumerate(study.planned)
-        if i not in there
+        for words in unmeasured(study, records)
     ]
 
 
