@@ -192,7 +192,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m pi0exp.load",
         description="Bring result files measured elsewhere into the local MLflow store. A file is loaded only once.",
-        epilog="example: python -m pi0exp.load experiments/results && make ui",
+        epilog="example: python -m pi0exp.load experiments/results && make ui\n\n"
+        "exit codes: 0; 2 a file that is no result, or a store that cannot be written.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="result file, or folder searched for them")
     parser.add_argument("--uri", help="MLflow tracking URI; default: the SQLite store in the root")

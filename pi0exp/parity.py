@@ -182,7 +182,9 @@ def fitting(paths: list[Path], reference: Record) -> tuple[dict[str, Record], li
 def sentence(one: Answer) -> str:
     """Who meets it, by how much."""
     share = abs(100 * one.margin)
-    verdict = f"meets it, {share:.1f} % more calls a watt" if one.meets else f"misses it, {share:.1f} % fewer"
+    verdict = (
+        f"meets it, {share:.1f} % more calls a watt" if one.meets else f"misses it, {share:.1f} % fewer calls a watt"
+    )
     if one.uncertainty is not None:
         within = ", which is within it" if abs(one.margin) <= one.uncertainty else ""
         verdict += f" (power known to {100 * one.uncertainty:.1f} %{within})"

@@ -67,7 +67,7 @@ def test_text_says_who_and_by_how_much(capsys, tmp_path, reference):
     assert lines[1].startswith("rated power: 700 W / 1000 W -> target 23.03 ms; AMD Instinct MI350X: tiny default ")
     assert lines[1].endswith(" needs 20.00 ms: meets it, 15.1 % more calls a watt")
     assert lines[2].startswith("measured power: 650 W / 900 W -> target 23.76 ms")
-    assert lines[3].endswith(" needs 30.00 ms: misses it, 23.2 % fewer")
+    assert lines[3].endswith(" needs 30.00 ms: misses it, 23.2 % fewer calls a watt")
     assert lines[4].startswith("measured power: not known of AMD Instinct MI350X")
 
 
@@ -90,7 +90,7 @@ def test_uncertainty_of_the_power(capsys, tmp_path):
     assert rated["uncertainty"] is None
     assert measured["uncertainty"] == pytest.approx(0.05)
     _, out, _ = run(capsys, "--reference", a, "--candidate", b)
-    assert "misses it, 2.4 % fewer (power known to 5.0 %, which is within it)" in out
+    assert "misses it, 2.4 % fewer calls a watt (power known to 5.0 %, which is within it)" in out
 
 
 def test_other_actions_are_named(capsys, tmp_path, reference):

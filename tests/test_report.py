@@ -123,6 +123,33 @@ def test_parts_are_told_by_what_their_absence_costs():
     assert "whole stack" not in answer(one.report, facets(one, [seeds[0], records[3]]))  # noise is not known
 
 
+def test_commands_measure_as_it_was_measured():
+    one = Study("ladder", commands=("python -m pi0exp study=ladder track.results=experiments/results",))
+    quick = fakes.made("ladder", ("stack=2_sdpa", "measure=quick"), 20.0)
+    assert chaptered(one, [quick]).commands == (f"{one.commands[0]} measure=quick",)
+    assert chaptered(one, [quick, fakes.made("ladder", (), 30.0)]).commands == one.commands
+
+
+def test_without_an_interval_times_must_not_overlap():
+    """Of few calls that hang together the median's interval is not known."""
+
+    def row(stack, low, p50, high):
+        spread = {"latency_ms/p10": low, "latency_ms/p90": high}
+        record = fakes.made("toy", (f"stack={stack}",), p50, metrics=spread, calls=2)
+        record["metrics"] = {k: v for k, v in record["metrics"].items() if "p50_" not in k} | spread
+        return record
+
+    fast, near, far = (
+        row("8_compiled", 9.0, 10.0, 12.0),
+        row("2_sdpa", 11.0, 11.5, 13.0),
+        row("0_eager", 14.0, 15.0, 16.0),
+    )
+    one = Study("toy", report=fakes.configured(label=["stack"]))
+    assert facets(one, [fast])[0].rows[0].interval is None
+    assert "no difference seen between them, of 2" in answer(one.report, facets(one, [fast, near]))
+    assert "`8_compiled` is the fastest of 2" in answer(one.report, facets(one, [fast, far]))
+
+
 def test_masks_are_told_by_time_and_by_actions():
     one = study.study("masking")
     words = ("stack=h200_best", "workload.cameras_present=[true,true,false]")
@@ -299,7 +326,7 @@ def test_without_a_latency_only_the_outcomes_are_told():
 
 
 def test_every_study_of_the_repository_has_a_question():
-    names = {*compose.files()["study"], *(path.parent.name for path in RESULTS.glob("*/about.yaml"))}
+    names = {*compose.files()["study"], *(path.parent.name for path in RESULTS.glob("*/about.yml"))}
     assert {"ladder", "stacks", "covering", "first_light"} <= names
     for name in names:
         one = study.study(name)

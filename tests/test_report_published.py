@@ -104,6 +104,15 @@ def test_the_best_is_picked_of_what_computes_the_same():
     assert judged(figure(17.0, ours=Ours(pick=Pick.least, approximate=True)), *records).ours == 10.0
 
 
+def test_another_model_and_a_cpu_never_stand_for_ours():
+    tiny = fakes.made("ladder", ("stack=2_sdpa", "model=tiny"), 33.0)
+    assert judged(figure(32.9), tiny).ours is None
+    on_cpu = fakes.made("ladder", ("stack=2_sdpa",), 33.0, prints=fakes.H200 | {"gpu": "CPU"})
+    there = {"CPU": rows(on_cpu)}
+    assert published.judged(figure(24.8, gpu="MI350"), there).ours is None
+    assert judged(figure(32.9), tiny, fakes.made("ladder", ("stack=2_sdpa",), 34.0)).ours == 34.0
+
+
 def test_ratios_shares_and_microseconds():
     fast = fakes.made("ladder", ("stack=8_compiled",), 10.0, metrics=fakes.rich(10.0))
     slow = fakes.made("ladder", ("stack=2_sdpa",), 40.0)

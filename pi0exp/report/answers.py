@@ -100,9 +100,18 @@ def _fastest(facet: Facet) -> str:
 
 
 def _slower(best: Row, other: Row) -> bool:
-    """Beyond the margin, and its interval beyond that of the best one."""
-    apart = best.interval is None or other.interval is None or other.interval[0] > best.interval[1]
-    return apart and other.p50 > best.p50 * (1 + intervals.MARGIN)
+    """Beyond the margin, and its interval beyond that of the best one; without one, all but the tenth that is fastest
+    beyond all but the tenth that is slowest."""
+    low, high = other.interval, best.interval
+    if low is None or high is None:
+        low, high = _spread(other), _spread(best)
+    return low[0] > high[1] and other.p50 > best.p50 * (1 + intervals.MARGIN)
+
+
+def _spread(row: Row) -> tuple[float, float]:
+    """The 10th and 90th percentile of its calls, in ms; of a record without them, the median alone."""
+    low, high = row.metric("latency_ms/p10"), row.metric("latency_ms/p90")
+    return row.p50 if low is None else low, row.p50 if high is None else high
 
 
 def parity(config: ReportConfig, found: Sequence[Facet]) -> str:

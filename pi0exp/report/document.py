@@ -62,6 +62,15 @@ class Chapter:
         last = max(self.machines, key=lambda machine: machine.date, default=None)
         return "" if last is None else last.answer
 
+    @property
+    def commands(self) -> tuple[str, ...]:
+        """How to measure it again as it was: quickly, if all of it was."""
+        rows = [row for machine in self.machines for row in machine.rows if row.ok]
+        if not rows or not all(row.quick for row in rows):
+            return self.study.commands
+        named = f"study={self.study.name} "
+        return tuple(f"{one} measure=quick" if named in one else one for one in self.study.commands)
+
 
 def chapter(study: Study, measured: Measured, figures: Sequence[Figure]) -> Chapter:
     machines = tuple(machine(study, slug, found) for slug, found in sorted(measured.get(study.name, {}).items()))

@@ -42,6 +42,10 @@ class State(StrEnum):
     unclear = "unclear"
 
 
+MODEL = "pi0"
+"""What was published is of this model, unless the parameters of ours name another."""
+
+
 @dataclass(frozen=True)
 class Ours:
     """Rows of the study with these parameters, and their metric.
@@ -158,8 +162,9 @@ def figures(file: Path = FILE) -> list[Figure]:
 def judged(figure: Figure, machines: Mapping[str, Sequence[Row]]) -> Judged:
     """What became of a figure. machines: GPU -> the rows of its study there.
 
-    Ours is of the figure's kind of GPU where there is one, otherwise of the first that has it.
+    Ours is of the figure's kind of GPU where there is one, otherwise of the first that has it; never of a CPU.
     """
+    machines = {gpu: rows for gpu, rows in machines.items() if gpu.lower() != "cpu"}
     same = [gpu for gpu in machines if figure.gpu in gpu]
     unclear = ""
     for gpu in [*same, *(gpu for gpu in machines if gpu not in same)]:
@@ -220,7 +225,7 @@ def _row(asked: Ours, rows: Sequence[Row]) -> Row | None:
         for row in rows
         if row.record["outcome"] == Outcome.OK
         and row.metric(asked.metric) is not None
-        and all(row.record["params"].get(name) == value for name, value in asked.params.items())
+        and all(row.record["params"].get(name) == value for name, value in ({"model": MODEL} | asked.params).items())
     ]
     if asked.pick is not Pick.only:
         ranked = [row for row in fitting if row.ranked or asked.approximate]

@@ -1,7 +1,7 @@
 """A study as the report knows it: its question, how to ask it again, the order of its points, how they are shown.
 
 A study is a yaml of `experiments/study/`; its question is the comment at its head. Points that were run by hand under
-a name have `experiments/results/NAME/about.yaml` instead: question, commands, report. A name that has neither has no
+a name have `experiments/results/NAME/about.yml` instead: question, commands, report. A name that has neither has no
 question, and is shown all the same.
 """
 
@@ -19,7 +19,7 @@ from pi0exp.errors import UserError
 from pi0exp.known import RESULTS
 from pi0exp.report.plots import PLOTS
 
-ABOUT = "about.yaml"
+ABOUT = "about.yml"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Study:
 
 @dataclass(frozen=True)
 class About:
-    """The form of about.yaml."""
+    """The form of about.yml."""
 
     question: str
     commands: list[str]

@@ -17,8 +17,8 @@ def page(chapter: Chapter, machine: Machine) -> str:
         parts += [f"## {one.caption}" if one.caption and len(machine.tables) > 1 else one.caption, table(one)]
     if chapter.figures:
         parts += ["## Published", table(figures_table(chapter.figures))]
-    if chapter.study.commands:
-        parts += ["## Again", "```\n" + "\n".join(chapter.study.commands) + "\n```"]
+    if chapter.commands:
+        parts += ["## Again", "```\n" + "\n".join(chapter.commands) + "\n```"]
     parts.append(f"From the results in `{machine.slug}/`, by `python -m pi0exp.report --write`.")
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
