@@ -113,7 +113,8 @@ def bars(canvas: Canvas, facet: Facet, colour_of: Callable[[Row], str], key: Seq
     """Latency a row. Hollow: computes other actions. Whisker: 95 % interval of the median."""
     scale, unit = scale_of(facet.rows)
     top = legend(canvas, 8, 18, key) if key else _TOP
-    lanes = Lanes(canvas, reach(_ends(facet, scale)), top)
+    widest = max((width_of(value_text(facet, row), bold=row is facet.best) for row in facet.ok), default=0.0)
+    lanes = Lanes(canvas, reach(_ends(facet, scale)), top, room=max(96.0, widest + 16))
     lanes.grid(len(facet.rows), unit)
     for row in facet.rows:
         y = lanes.next(name_of(row), bold=row is facet.best)
