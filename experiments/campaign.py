@@ -30,12 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from pi0exp import compose
-from pi0exp.load import gpu_slug
-from pi0exp.machine import this_machine
-from pi0exp.outcomes import settled
-from pi0exp.report import sources
-from pi0exp.report.rows import holds, unmeasured
-from pi0exp.report.study import study as study_of
 from pi0exp.result import CONFIG_ERROR
 
 ORDER = (
@@ -79,8 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append({"study": study, "state": "not begun"})
             continue
         mine = [*words, *own, f"track.results={given.results}"]
-        if given.missing and study_of(study).planned:
-            lines, mine = lacking(study, given.results, mine)
+        if given.missing and (found := lacking(study, given.results, mine)):
+            lines, mine = found
             if not lines:
                 rows.append({"study": study, "state": "complete"})
                 continue
@@ -97,15 +91,26 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any(row["state"] != "complete" for row in rows))
 
 
-def lacking(name: str, results: Path, words: list[str]) -> tuple[list[str], list[str]]:
+def lacking(name: str, results: Path, words: list[str]) -> tuple[list[str], list[str]] | None:
     """The planned points of a study that have no settled result of this kind of GPU, each as a line of words.
 
     words: of the command line. They choose among the points, and those that no point says stay for all of them: second.
+    None for a study whose points nobody planned, as a search.
     """
-    study, gpu = study_of(name), this_machine().gpu
+    # They take three seconds to import, which a campaign without --missing would pay for nothing.
+    from pi0exp.load import gpu_slug
+    from pi0exp.machine import this_machine
+    from pi0exp.outcomes import settled
+    from pi0exp.report import sources
+    from pi0exp.report.rows import holds, unmeasured
+    from pi0exp.report.study import study as study_of
+
+    study = study_of(name)
+    if not any(study.planned):  # one point without words
+        return None
     pairs = [(word.partition("=")[0], word.partition("=")[2]) for word in words]
     asked = [(key, value) for key, value in pairs if key.partition(".")[0] not in ("measure", "track", "resume")]
-    found = sources.committed([name], results).get(name, {}).get(gpu_slug(gpu or "cpu"), [])
+    found = sources.committed([name], results).get(name, {}).get(gpu_slug(this_machine().gpu), [])
     said = {key for line in study.planned for key in line}
     free = {"model", "workload"} - said - {key for key, _ in asked}  # then those of the study itself are meant
     kept = [

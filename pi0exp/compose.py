@@ -235,6 +235,15 @@ def value_of(text: str) -> Any:
     return read["value"]
 
 
+def at(node: Any, name: str) -> Any:
+    """What stands in a composed dict under a dotted key. Raises KeyError."""
+    for part in name.split("."):
+        if not isinstance(node, dict) or part not in node:
+            raise KeyError(name)
+        node = node[part]
+    return node
+
+
 def option_node(group: str, name: str) -> dict[str, Any]:
     """The composed node of one option as its file has it, within Hydra's own run or a `session`."""
     known = _NODES.setdefault(GlobalHydra.instance().config_loader(), {})

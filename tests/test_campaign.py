@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import report_fakes as fakes
 
-from pi0exp import sweep
+from pi0exp import machine, sweep
 from pi0exp.experiments import campaign
 from pi0exp.load import write_record
 from pi0exp.machine import this_machine
@@ -56,7 +56,7 @@ def test_unknown_study_is_named(tmp_path, capsys):
 
 @pytest.fixture
 def on_h200(monkeypatch):
-    monkeypatch.setattr(campaign, "this_machine", lambda: replace(this_machine(), gpu=fakes.H200["gpu"]))
+    monkeypatch.setattr(machine, "this_machine", lambda: replace(this_machine(), gpu=fakes.H200["gpu"]))
 
 
 @pytest.mark.usefixtures("on_h200")
@@ -99,6 +99,7 @@ def test_words_choose_among_missing_points(tmp_path, monkeypatch):
         write_record(fakes.made("ladder", tuple(line.split()), 10.0), tmp_path)
     assert campaign.main(["--missing", "ladder", "workload=masked", "--results", str(tmp_path)]) == 0
     assert began == []
+    assert campaign.lacking("search", tmp_path, []) is None
     assert campaign.main(["--missing", "ladder", "--results", str(tmp_path)]) == 0
     assert began[0][4].startswith("track.results=")
     assert "workload=masked" not in " ".join(began[0])

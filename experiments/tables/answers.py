@@ -13,7 +13,7 @@ def answers(name: str) -> str:
     rows = []
     for chapter in (one for one in _chapters() if one.study.question or one.machines):
         links = [f"[{one.gpu}](results/{chapter.study.name}/{one.slug}.md)" for one in chapter.machines]
-        date = max((one.date for one in chapter.machines), default="-")
+        date = "-" if chapter.last is None else chapter.last.date
         answer = chapter.answer or NONE_YET.strip()
         rows.append([f"`{chapter.study.name}`", chapter.study.question or "-", answer, date, ", ".join(links) or "-"])
     return markdown(("study", "question", "last answer", "date", "tables"), (), rows)
@@ -36,7 +36,8 @@ def findings(names: str) -> str:
 
 def _told(chapter: Chapter) -> str:
     """The newest answer, of which machine it is, and where all of it stands."""
-    last = max(chapter.machines, key=lambda machine: machine.date)
+    last = chapter.last
+    assert last is not None
     link = f"[All of it](experiments/results/{chapter.study.name}/{last.slug}.md)"
     return f"{last.answer} {last.about} {link}."
 

@@ -57,10 +57,14 @@ class Chapter:
     figures: tuple[Judged, ...]
 
     @property
+    def last(self) -> Machine | None:
+        """The machine that measured last; of several of a day the first."""
+        return max(self.machines, key=lambda machine: machine.date, default=None)
+
+    @property
     def answer(self) -> str:
         """Of the machine that measured last."""
-        last = max(self.machines, key=lambda machine: machine.date, default=None)
-        return "" if last is None else last.answer
+        return "" if self.last is None else self.last.answer
 
     @property
     def commands(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Container, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -190,12 +191,10 @@ def holds(record: Record, name: str, value: str) -> bool:
     params = record["params"]
     if params.get(name) == value:
         return True
-    there: Any = record["experiment"]
-    for part in name.split("."):
-        if not isinstance(there, dict) or part not in there or "." not in name:
-            return name not in params
-        there = there[part]
-    return bool(there == compose.value_of(value))
+    if "." in name:
+        with suppress(KeyError):
+            return bool(compose.at(record["experiment"], name) == compose.value_of(value))
+    return name not in params
 
 
 def unmeasured(study: "Study", records: Iterable[Record]) -> list[dict[str, str]]:

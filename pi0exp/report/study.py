@@ -5,6 +5,7 @@ a name have `experiments/results/NAME/about.yml` instead: question, commands, re
 question, and is shown all the same.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,12 +43,10 @@ class Study:
 
     def has(self, name: str, value: str) -> bool:
         """Whether `name=value` is so in the study without a word that says it."""
-        found: Any = self._unswept.get("names", {}) if "." not in name else self._unswept
-        for part in name.split("."):
-            if not isinstance(found, dict) or part not in found:
-                return False
-            found = found[part]
-        return bool(found == compose.value_of(value))
+        with suppress(KeyError):
+            node = self._unswept if "." in name else self._unswept.get("names")
+            return bool(compose.at(node, name) == compose.value_of(value))
+        return False
 
 
 @dataclass(frozen=True)
