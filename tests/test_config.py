@@ -31,7 +31,7 @@ EXPECTED = {
     "fidelity": 28,
     "gemm_efficiency": 14,
     "graph_capture": 6,
-    "graph_granularity": 12,
+    "graph_granularity": 10,
     "kernels": 20,
     "ladder": 28,
     "ladder_layers": 5,

@@ -220,6 +220,24 @@ def test_quick_rows_say_so_among_others_and_once_for_all():
     assert "1 of 1 in the quick form only" in machine.answer
 
 
+def test_rows_of_several_gpus_of_a_kind_say_which():
+    def row(stack, card):
+        return fakes.made("toy", (f"stack={stack}",), 20.0, prints=fakes.H200 | ({"gpu_uuid": card} if card else {}))
+
+    failed = fakes.failed("toy", ("stack=5_cameras",), Outcome.OOM, "full")
+    made = [row("1_graphs", "GPU-b"), row("2_sdpa", "GPU-a"), row("3_skip", "GPU-b"), row("7_hoists", ""), failed]
+    [machine] = chaptered(Study("toy"), made).machines
+    cards = {name: cells["GPU"] for name, cells in rows_of(machine.tables[0]).items()}
+    first = cards["1_graphs"]
+    assert {first, cards["2_sdpa"]} == {"A", "B"}
+    assert cards["3_skip"] == first
+    assert (cards["7_hoists"], cards["5_cameras"]) == ("-", "-")
+    assert "On 2 GPUs of this kind" in machine.answer
+    [machine] = chaptered(Study("toy"), [row("1_graphs", "GPU-b"), row("3_skip", "GPU-b")]).machines
+    assert "GPU" not in rows_of(machine.tables[0])["1_graphs"]
+    assert "of this kind" not in machine.answer
+
+
 def test_times_of_microseconds_are_shown_as_such():
     [machine] = chaptered(Study("toy"), [fakes.made("toy", (), 0.021)]).machines
     assert rows_of(machine.tables[0])["none: plain PyTorch"]["p50 us"] == "21.00"

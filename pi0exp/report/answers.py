@@ -28,7 +28,7 @@ def answer(config: ReportConfig, found: Sequence[Facet]) -> str:
 
 
 def _counted(found: Sequence[Facet], always: bool) -> str:
-    """How many points ended otherwise, and how many were measured quickly."""
+    """How many points ended otherwise, how many were measured quickly, and on how many GPUs."""
     rows = [row for facet in found for row in facet.rows]
     outcomes = Counter(row.record["outcome"] for row in rows)
     quick = sum(row.quick for row in rows if row.ok)
@@ -38,6 +38,8 @@ def _counted(found: Sequence[Facet], always: bool) -> str:
         parts.append(f"{len(rows)} point{'s' * (len(rows) != 1)}: {counts}.")
     if quick:
         parts.append(f"{quick} of {len(rows)} in the quick form only: wider intervals.")
+    if len(cards := {row.card for row in rows if row.card}) > 1:
+        parts.append(f"On {len(cards)} GPUs of this kind: what waits for the host is also a figure of that host.")
     return " ".join(parts)
 
 

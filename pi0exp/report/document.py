@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from string import ascii_uppercase
 
 from pi0exp.experiments.tables.points import machine_line
 from pi0exp.report import published
 from pi0exp.report.answers import answer
-from pi0exp.report.cells import Column, cases, columns
+from pi0exp.report.cells import ABSENT, Column, cases, columns
 from pi0exp.report.plots import Plot, plots
 from pi0exp.report.published import Figure, Judged
 from pi0exp.report.rows import OPTIONS, PLAIN, Facet, Row, facets, missing
@@ -94,6 +95,7 @@ def machine(study: Study, slug: str, records: Sequence[Record]) -> Machine:
     prints = [record["fingerprint"] for record in kept]
     calls = sorted({row.calls for facet in found for row in facet.rows} - {0})
     about = f"{machine_line(prints)}; {_some(calls)} calls a point, one process each."
+    cards = list(dict.fromkeys(row.card for facet in found for row in facet.rows if row.card))
     return Machine(
         slug=slug,
         gpu=str(prints[0].get("gpu", slug)),
@@ -101,7 +103,7 @@ def machine(study: Study, slug: str, records: Sequence[Record]) -> Machine:
         date=max(str(one.get("date", "")) for one in prints),
         answer=" ".join(filter(None, [answer(study.report, found), incomplete(missing(study, kept), study)])),
         facets=tuple(found),
-        tables=(*(table(study, facet) for facet in found), *parts(found)),
+        tables=(*(table(study, facet, cards) for facet in found), *parts(found)),
         plots=tuple(plots(study.report, found)),
     )
 
@@ -121,9 +123,13 @@ def _some(calls: list[int]) -> str:
     return " or ".join(map(str, calls)) if len(calls) < 4 else f"{calls[0]} to {calls[-1]}"
 
 
-def table(study: Study, facet: Facet) -> Table:
+def table(study: Study, facet: Facet, cards: Sequence[str] = ()) -> Table:
+    """cards: the GPUs of all facets; of several a column says which one a row was measured on."""
     names = [name for name in study.report.label if name not in study.report.facet] or [OPTIONS]
     labels = [Column(name, [_code(row.names[i]) for row in facet.rows], number=False) for i, name in enumerate(names)]
+    if len(cards) > 1:
+        letters = dict(zip(cards, ascii_uppercase, strict=False))
+        labels.append(Column("GPU", [letters.get(row.card, ABSENT) for row in facet.rows], number=False))
     return Table(facet.title, (*labels, *columns(facet, study.report.metrics)))
 
 

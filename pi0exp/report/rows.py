@@ -56,6 +56,11 @@ class Row:
         return is_quick(self.record)
 
     @property
+    def card(self) -> str:
+        """The GPU among others of its kind, by its uuid; "" where nothing ran, or an older record does not say."""
+        return str(self.record["fingerprint"].get("gpu_uuid", "")) if self.ok else ""
+
+    @property
     def p50(self) -> float:
         """Milliseconds; only of a row that is ok."""
         return float(self.record["metrics"][P50])
