@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,15 @@ Counters = Callable[[], dict[str, float]]
 Attachments = Callable[[], dict[str, str]]
 Watch = Callable[[str, Callable[..., Any]], Callable[..., Any]]
 """(stage, function that computes a part of it) -> a function that computes the same."""
+
+
+@runtime_checkable
+class FromHost(Protocol):
+    """A device part that also knows a faster way than to copy tensor by tensor: `from_host`, host to host."""
+
+    def __call__(self, observation: Observation, noise_BCA: Tensor) -> Tensor: ...
+    def from_host(self, observation: Observation, noise_BCA: Tensor) -> Tensor: ...
+
 
 STAGE_METHODS = {"vision": ("embed_prefix",), "prefill": ("prefill",), "denoise": ("begin", "denoise_step")}
 """The methods of `Pi0` that compute a stage."""
@@ -65,31 +74,54 @@ class Policy:
         noise_BCA: float32 of that shape on the policy's device; None draws it from torch's generator.
         Raises UserError where noise or observation are not of the policy's shape, dtype or device.
         """
-        shape = (observation.batch_size, self.horizon, self.model.config.action_dim)
         if observation.device != self.device:
             raise UserError(
                 f"the observation is on {observation.device}, the policy on {self.device}: use observation.to(...)"
             )
+        observation, noise_BCA = self._prepared(observation, noise_BCA)
+        return (self._call or self.plain_call)(observation, noise_BCA)
+
+    @torch.inference_mode()
+    def act(self, observation: Observation, noise_BCA: Tensor | None = None) -> Tensor:
+        """From an observation on the host to actions there, as a robot calls it; returns when they are there.
+
+        The same actions as those of `sample_actions`. What the options leave out, such as an absent camera, is not
+        copied. Raises UserError as it does.
+        """
+        if observation.device.type != "cpu":
+            raise UserError(f"the observation is on {observation.device}; `act` takes one on the host")
+        observation, noise_BCA = self._prepared(observation, noise_BCA)
+        call = self._call or self.plain_call
+        if isinstance(call, FromHost):
+            return call.from_host(observation, noise_BCA)
+        return call(observation.to(self.device), noise_BCA.to(self.device)).cpu()
+
+    def _prepared(self, observation: Observation, noise_BCA: Tensor | None) -> tuple[Observation, Tensor]:
+        """Checked, and as the options want it; noise drawn where there is none."""
+        size, action_dim, device = self.model.config.vision.image_size, self.model.config.action_dim, observation.device
+        shape = (observation.batch_size, self.horizon, action_dim)
         if noise_BCA is None:
-            noise_BCA = torch.randn(shape, device=self.device)
-        if tuple(noise_BCA.shape) != shape or noise_BCA.dtype != torch.float32 or noise_BCA.device != self.device:
+            noise_BCA = torch.randn(shape, device=device)
+        if tuple(noise_BCA.shape) != shape or noise_BCA.dtype != torch.float32 or noise_BCA.device != device:
             raise UserError(
                 f"noise is {noise_BCA.dtype} {list(noise_BCA.shape)} on {noise_BCA.device};"
-                f" wanted torch.float32 {list(shape)} on {self.device}"
+                f" wanted torch.float32 {list(shape)} on {device}"
             )
-        size, action_dim = self.model.config.vision.image_size, self.model.config.action_dim
-        for name, image in observation.images.items():
-            if tuple(image.shape[2:]) != (size, size):
-                raise UserError(
-                    f"observation.images[{name}] is {list(image.shape[2:])}; the model takes {[size, size]}"
-                )
+        for name, found in zip(observation.images, observation.image_sizes, strict=True):
+            if found != (size, size):
+                raise UserError(f"observation.images[{name}] is {list(found)}; the model takes {[size, size]}")
         if tuple(observation.state_BA.shape[1:]) != (action_dim,):
             raise UserError(
                 f"observation.state_BA is {list(observation.state_BA.shape)}; the model takes [batch, {action_dim}]"
             )
         for prepare in self._prepare:
             observation = prepare(observation)
-        return (self._call or self.plain_call)(observation, noise_BCA)
+        return observation, noise_BCA
+
+    @property
+    def staged(self) -> bool:
+        """Whether `act` has a way of its own from the host to the device."""
+        return isinstance(self._call, FromHost)
 
     def plain_call(self, observation: Observation, noise_BCA: Tensor) -> Tensor:
         """The device part as the model itself has it."""
@@ -204,7 +236,7 @@ class Policy:
         self.note(f"{stage}: {len(blocks)} blocks -> {what}")
 
     def wrap_call(self, wrapper: Callable[[DeviceCall], DeviceCall], what: str, whole: bool = False) -> None:
-        """Replace the device part of a call by `wrapper` of it.
+        """Replace the device part of a call by `wrapper` of it, which may be `FromHost`.
 
         whole: the result no longer passes through the functions of the stages, a captured graph say.
         """

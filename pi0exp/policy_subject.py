@@ -178,13 +178,25 @@ class PolicySubject:
             bound=bound,
             kinds=KINDS,
         )
-        verdict = judge(done.found, exact_failures=done.failures)
+        failures = [*done.failures, *self.from_host(policy, given, done.found)]
+        verdict = judge(done.found, exact_failures=failures)
         made = self.inputs(inputs)
         facts = made.facts | {"weights": "random" if self.checkpoint is None else "checkpoint"}
         resident = self.on_device(made.items, device)
         return PolicyInstance(
             self, policy, verdict, startup_s, facts, made.items, resident, lambda: judge(run(policy, checks))
         )
+
+    def from_host(self, policy: Policy, given: Sequence[HostInput], found: Sequence[Tensor]) -> list[str]:
+        """How the way of its own that a stack has from host to host changes the actions; [] without one, and if not."""
+        if not policy.staged:
+            return []
+        difference = verify.unequal(found, [self.act(policy, item) for item in given])
+        return [f"the call from host to host {difference}"] if difference else []
+
+    def act(self, policy: Policy, item: HostInput) -> Tensor:
+        """Host arrays to actions on the host, float32 [B, horizon, A]."""
+        return policy.act(item.observation(self.dimensions, "cpu"), torch.from_numpy(item.noise))
 
     def truth(self, checks: Sequence[DeviceInput], device: torch.device) -> list[Tensor]:
         """The actions that all others are judged by; the model that computes them is gone afterwards."""
@@ -260,6 +272,4 @@ class PolicyInstance:
         self.policy.sample_actions(*self.device_items[index % len(self.device_items)])
 
     def call_host(self, index: int) -> None:
-        item, device = self.host_items[index % len(self.host_items)], self.policy.device
-        observation = item.observation(self.subject.dimensions, device)
-        self.policy.sample_actions(observation, torch.from_numpy(item.noise).to(device)).cpu()
+        self.subject.act(self.policy, self.host_items[index % len(self.host_items)])

@@ -144,7 +144,7 @@ def _(patch: Patch, model: Pi0, given: Observation) -> Observation:
 
 @mistake("BGR")
 def _(patch: Patch, model: Pi0, given: Observation) -> Observation:
-    return replace(given, images={camera: image_BCHW.flip(1) for camera, image_BCHW in given.images.items()})
+    return replace(given, images={camera: image_BHWC.flip(3) for camera, image_BHWC in given.images.items()})
 
 
 @mistake("state + 0.5")

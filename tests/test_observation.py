@@ -9,7 +9,7 @@ import torch
 
 from pi0exp.errors import UserError
 from pi0exp.model.config import CAMERAS, tiny
-from pi0exp.model.observation import Observation, observation_from_arrays
+from pi0exp.model.observation import Observation, observation_from_arrays, scaled
 
 CONFIG = tiny()
 SIZE = CONFIG.vision.image_size
@@ -35,7 +35,10 @@ def test_arrays_become_tensors_in_the_ranges_of_the_model() -> None:
     given = arrays()
     given["images"][CAMERAS[0]][0, 0, 0] = [0, 255, 51]
     observation = observe(given)
-    image = observation.images[CAMERAS[0]]
+    assert observation.image_sizes == [(SIZE, SIZE)] * 3
+    assert not observation.structure.scaled
+    image = scaled(observation.images[CAMERAS[0]])
+    assert scaled(image) is image
     assert (image.dtype, tuple(image.shape)) == (torch.float32, (BATCH, 3, SIZE, SIZE))
     torch.testing.assert_close(image[0, :, 0, 0], torch.tensor([-1.0, 1.0, -0.6]))
     assert tuple(observation.images) == tuple(observation.camera_masks) == CAMERAS
@@ -56,7 +59,7 @@ def test_cameras_stand_in_the_order_of_the_model_whatever_order_they_came_in() -
     observation = observe(given)
     assert tuple(observation.images) == CAMERAS
     first = torch.from_numpy(given["images"][CAMERAS[0]]).permute(0, 3, 1, 2) / 127.5 - 1
-    torch.testing.assert_close(observation.images[CAMERAS[0]], first)
+    torch.testing.assert_close(scaled(observation.images[CAMERAS[0]]), first)
 
 
 def change(name: str, array: object) -> Callable[[dict[str, Any]], None]:

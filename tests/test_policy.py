@@ -102,7 +102,8 @@ def test_least_recently_used_graph_is_dropped():
 @pytest.mark.usefixtures("graphs")
 def test_graph_is_keyed_by_the_horizon_too():
     tally = Tally()
-    call = CapturedCall(tiny_policy().plain_call, warmup=1, max_graphs=8, tally=tally, note=lambda text: None)
+    plain, quiet = tiny_policy().plain_call, lambda text: None
+    call = CapturedCall(plain, torch.device("cpu"), warmup=1, max_graphs=8, tally=tally, note=quiet)
     observation = tiny_observation()
     for horizon in (10, 12, 10):
         assert call(observation, torch.zeros(1, horizon, 32)).shape == (1, horizon, 32)

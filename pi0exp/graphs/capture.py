@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -88,8 +88,18 @@ class Graph:
         return 1e6 * median(times)
 
 
+class Recorded(Protocol):
+    """A graph with its inputs, of whatever kind."""
+
+    @property
+    def graph(self) -> Graph: ...
+
+
+R = TypeVar("R", bound=Recorded)
+
+
 class Recording:
-    """A graph with its inputs.
+    """A graph with its inputs, each in a tensor of its own.
 
     run: computes from tensors of the shapes of `given`. in_place: indices of the inputs that are read where they are;
     whoever replays must give them at the same addresses.
@@ -155,7 +165,7 @@ class Tally:
     def begin_call(self) -> None:
         self._replayed = []
 
-    def replayed(self, recording: Recording) -> None:
+    def replayed(self, recording: Recorded) -> None:
         self._replayed.append(recording.graph)
 
     def counters(self) -> dict[str, float]:
@@ -176,14 +186,14 @@ class Tally:
         return values
 
 
-class Recordings:
+class Recordings(Generic[R]):
     """Recordings by key, at most `limit`; beyond it the least recently used one goes, after `forget` was told."""
 
-    def __init__(self, limit: int, tally: Tally, forget: Callable[[Recording], None] = lambda recording: None) -> None:
+    def __init__(self, limit: int, tally: Tally, forget: Callable[[R], None] = lambda recording: None) -> None:
         self.limit, self.tally, self.forget = limit, tally, forget
-        self.kept: OrderedDict[Hashable, Recording] = OrderedDict()
+        self.kept: OrderedDict[Hashable, R] = OrderedDict()
 
-    def get(self, key: Hashable, record: Callable[[], Recording]) -> Recording:
+    def get(self, key: Hashable, record: Callable[[], R]) -> R:
         """The recording for `key`, made by `record` where there is none."""
         if key not in self.kept:
             if len(self.kept) == self.limit:

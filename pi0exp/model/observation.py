@@ -21,13 +21,15 @@ from pi0exp.model.config import CAMERAS, ModelConfig
 class Structure:
     """All that an option may know of an observation when it decides what to run, hence the key of captured graphs.
 
-    `cameras` says of each camera slot whether it is present in `all`, `some` or `none` of the rows.
+    `cameras` says of each camera slot whether it is present in `all`, `some` or `none` of the rows. `scaled`: pictures
+    are numbers of the model's range already, no bytes.
     """
 
     batch_size: int
     cameras: tuple[tuple[str, str], ...]
     prompt_padded: int
     prompt_full: bool
+    scaled: bool
 
     @property
     def full(self) -> bool:
@@ -39,7 +41,8 @@ class Structure:
 class Observation:
     """Device tensors and host facts of B observations. `observation_from_arrays` makes one from numpy arrays.
 
-    images: camera name -> float32 [B, 3, H, W] in [-1, 1], in the order of `CAMERAS`; some may be left out.
+    images: camera name -> uint8 [B, H, W, 3] as cameras send them, or all of them float32 [B, 3, H, W] in [-1, 1]; in
+    the order of `CAMERAS`; some may be left out. The call scales bytes on the device (`scaled`).
     camera_masks: camera name -> bool [B]; False where the camera does not exist (its picture is then meaningless).
     state_BA: float32 [B, action_dim]. prompt_BL: int64 [B, L], real tokens first. prompt_mask_BL: bool [B, L].
     cameras_present, prompt_lengths: the same facts on the host.
@@ -63,10 +66,10 @@ class Observation:
             )
         if not names == tuple(self.camera_masks) == tuple(self.cameras_present):
             raise UserError("observation.images, .camera_masks and .cameras_present name different cameras")
-        wanted = {
-            f"images[{name}]": (image, torch.float32, (batch, 3, *image.shape[2:]))
-            for name, image in self.images.items()
-        }
+        wanted = {}
+        for (name, image), size in zip(self.images.items(), self.image_sizes, strict=True):
+            form = (torch.float32, (batch, 3, *size)) if self.scaled else (torch.uint8, (batch, *size, 3))
+            wanted[f"images[{name}]"] = (image, *form)
         wanted |= {f"camera_masks[{name}]": (mask, torch.bool, (batch,)) for name, mask in self.camera_masks.items()}
         wanted["state_BA"] = (self.state_BA, torch.float32, (batch, *self.state_BA.shape[1:]))
         wanted["prompt_BL"] = (self.prompt_BL, torch.int64, (batch, self.prompt_padded))
@@ -94,6 +97,16 @@ class Observation:
         return self.state_BA.shape[0]
 
     @property
+    def scaled(self) -> bool:
+        """Whether no picture is bytes any more."""
+        return not any(image.dtype == torch.uint8 for image in self.images.values())
+
+    @property
+    def image_sizes(self) -> list[tuple[int, ...]]:
+        """Height and width of the pictures of each camera."""
+        return [tuple(image.shape[2:] if self.scaled else image.shape[1:3]) for image in self.images.values()]
+
+    @property
     def prompt_padded(self) -> int:
         return self.prompt_BL.shape[1] if self.prompt_BL.ndim == 2 else -1
 
@@ -111,6 +124,7 @@ class Observation:
             cameras=tuple((name, presence(rows)) for name, rows in self.cameras_present.items()),
             prompt_padded=self.prompt_padded,
             prompt_full=all(length == self.prompt_padded for length in self.prompt_lengths),
+            scaled=self.scaled,
         )
 
     def tensors(self) -> list[Tensor]:
@@ -159,7 +173,7 @@ def observation_from_arrays(
     config: ModelConfig,
     device: torch.device | str,
 ) -> Observation:
-    """Check host arrays, copy them to the device and scale the pictures there.
+    """Check host arrays and copy them to the device; on the CPU the observation shares their memory where it can.
 
     images: camera name -> uint8 [B, H, W, 3] of the model's image size (see `preprocess.resize_with_pad`).
     All of `CAMERAS` must be there; an absent camera has any picture and a False in `image_masks`. A camera without an
@@ -216,7 +230,7 @@ def observation_from_arrays(
         return torch.from_numpy(np.ascontiguousarray(array)).to(device).to(dtype)
 
     return Observation(
-        images={name: scaled(put(images[name], torch.uint8)) for name in CAMERAS},
+        images={name: put(images[name], torch.uint8) for name in CAMERAS},
         camera_masks={name: put(mask, torch.bool) for name, mask in present.items()},
         state_BA=put(state.astype(np.float32), torch.float32),
         prompt_BL=put(tokens, torch.int64),
@@ -226,9 +240,14 @@ def observation_from_arrays(
     )
 
 
-def scaled(image_BHWC: Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1], in the original's order of operations."""
-    return (image_BHWC.permute(0, 3, 1, 2).contiguous().float() / 255.0) * 2.0 - 1.0
+def scaled(image: Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1], in the original's order of operations.
+
+    What is scaled already is returned as it is.
+    """
+    if image.dtype != torch.uint8:
+        return image
+    return (image.permute(0, 3, 1, 2).contiguous().float() / 255.0) * 2.0 - 1.0
 
 
 def _array(name: str, value: object) -> np.ndarray:
