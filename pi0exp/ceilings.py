@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pi0exp import pipes
 from pi0exp.ceilings_file import CeilingsFile, Rate, fresh
 from pi0exp.errors import UnsupportedError, UserError
 from pi0exp.gpu_lock import taken_here
@@ -149,4 +150,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    pipes.leave(main)

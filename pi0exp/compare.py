@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pi0exp import interrupts, intervals
+from pi0exp import interrupts, intervals, pipes
 from pi0exp.card import aligned, console
 from pi0exp.comparison import HEADLINE, Comparison, Row, compare, interleaved, ratio_text
 from pi0exp.errors import UserError
@@ -179,4 +179,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    pipes.leave(main)

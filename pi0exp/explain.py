@@ -133,7 +133,12 @@ def _apply(policy: Policy, group: str, option: Option) -> str | None:
 
 def _work(stage: StageWork) -> str:
     times = f" {stage.count} times" if stage.count > 1 else ""
-    return f"{stage.name}{times} {stage.flops / 1e9:.1f} GFLOP, {stage.bytes_moved / 1e6:.1f} MB"
+    return f"{stage.name}{times} {_figure(stage.flops / 1e9)} GFLOP, {_figure(stage.bytes_moved / 1e6)} MB"
+
+
+def _figure(value: float) -> str:
+    """Two decimals, and of what is small two digits that count: of a tiny model something is left to read."""
+    return f"{value:.2f}" if value >= 0.1 or not value else f"{value:.2g}"
 
 
 def _floor(work: list[StageWork], ceilings: tuple[Ceilings, Known] | None, machine: Machine) -> list[str]:
@@ -142,10 +147,10 @@ def _floor(work: list[StageWork], ceilings: tuple[Ceilings, Known] | None, machi
         return ["unknown: no GPU's ceilings have been measured in this precision"]
     reached, known = ceilings
     stages = floor_ms(work, reached)
-    parts = " + ".join(f"{name} {value:.2f}" for name, value in stages.items())
+    parts = " + ".join(f"{name} {_figure(value)}" for name, value in stages.items())
     rates = f"{reached.bytes_per_s / 1e12:.2f} TB/s, {reached.flops_per_s / 1e12:.0f} TFLOP/s"
     whose = "this GPU" if known.gpu == machine.gpu else f"{known.gpu}, not of this machine"
-    return [f"{sum(stages.values()):.2f} ms = {parts}", f"by the ceilings of {whose}: {rates} ({known.where})"]
+    return [f"{_figure(sum(stages.values()))} ms = {parts}", f"by the ceilings of {whose}: {rates} ({known.where})"]
 
 
 # ---- what is measured

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pi0exp import pipes
 from pi0exp.errors import UserError
 from pi0exp.operands import open_store, store_name
 from pi0exp.result import CONFIG_ERROR
@@ -146,4 +147,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    pipes.leave(main)

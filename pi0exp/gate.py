@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pi0exp import compose, config, interrupts, intervals
+from pi0exp import compose, config, interrupts, intervals, pipes
 from pi0exp.baseline import Entry, changed, foreign, read_baseline, try_baseline, write_baseline
 from pi0exp.card import console
 from pi0exp.comparison import ratio_text
@@ -110,7 +110,8 @@ def judge(name: str, entry: Entry, runs: list[dict[str, Any]], margin: float, er
             f"slower by {100 * (interval.ratio - 1):.1f} %, beyond noise and the margin of {100 * margin:g} %"
         )
     if interval.low is not None and (hidden := interval.ratio / interval.low - 1) > margin:
-        remark = f"noisy: a slowdown up to {100 * hidden:.1f} % would not be seen; more --processes show more"
+        size = f"up to {100 * hidden:.1f} %" if hidden < 1 else f"even to {hidden + 1:.1f} times as long"
+        remark = f"noisy: a slowdown {size} would not be seen; more --processes show more"
     if word == intervals.FASTER:
         remark = f"faster by {100 * (1 / interval.ratio - 1):.1f} %: --update keeps it"
     if error > before_error * (1 + error_margin):
@@ -242,4 +243,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    pipes.leave(main)

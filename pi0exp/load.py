@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pi0exp import pipes
 from pi0exp.errors import UserError
 from pi0exp.result import CONFIG_ERROR, Outcome, Result, record
 from pi0exp.track import NAME, Record, Store
@@ -209,4 +210,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    pipes.leave(main)

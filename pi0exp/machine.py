@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pi0exp import gpus
+from pi0exp import gpus, pipes
 from pi0exp.gpus import Gpu
 
 PACKAGES = ("torch", "triton", "pi0exp", "amd-aiter")
@@ -220,4 +220,4 @@ def missing_environment(values: Mapping[str, str]) -> list[str]:
 if __name__ == "__main__":
     from pi0exp.machine_table import main  # not above: it imports this file
 
-    raise SystemExit(main())
+    pipes.leave(main)

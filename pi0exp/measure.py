@@ -198,7 +198,10 @@ def main(
 
     Others give a body of their own, and say where the measure settings of their input are.
     """
-    if len(arguments) != 2 or {"-h", "--help"} & set(arguments):
+    if {"-h", "--help"} & set(arguments):
+        print(usage.strip())
+        return 0
+    if len(arguments) != 2:
         print(usage.strip(), file=sys.stderr)
         return CONFIG_ERROR
     source, target = map(Path, arguments)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pi0exp import pipes
 from pi0exp.card import console
 from pi0exp.errors import UserError
 from pi0exp.load import read_record, result_files
@@ -235,4 +236,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    pipes.leave(main)

@@ -169,7 +169,7 @@ def test_child_can_be_run_by_hand(sweep, root, tmp_path):
     assert result["metrics"]["latency_ms/p50"] > 0
 
 
-WRONG_FILES = [("one.json",), ("1", "2", "3"), ("--help",)]
+WRONG_FILES = [("one.json",), ("1", "2", "3")]
 
 
 @pytest.mark.parametrize("words", [(), *(pytest.param(w, marks=pytest.mark.slow) for w in WRONG_FILES)])
@@ -177,6 +177,13 @@ def test_child_without_its_two_files_says_what_it_wants(tmp_path, words):
     done = module("pi0exp.measure", *words, scratch=tmp_path)
     assert done.returncode == 2
     assert "python -m pi0exp.measure EXPERIMENT.json RESULT.json" in done.stderr
+
+
+@pytest.mark.slow
+def test_child_says_what_it_is_for(tmp_path):
+    done = module("pi0exp.measure", "--help", scratch=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "python -m pi0exp.measure EXPERIMENT.json RESULT.json" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The studies whose subject is not the whole policy, whole and on a CPU: what runs, what says why it does not."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -91,5 +92,5 @@ def test_bad_settings_are_one_line_and_exit_code_2(words, cause, tmp_path):
 def test_explained(tmp_path):
     done = pi0exp(tmp_path, "study=ladder_layers", "model=tiny", "measure=explain")
     assert done.returncode == 0, done
-    assert "prefill 0.0 GFLOP" in done.stdout
+    assert re.search(r"prefill 0\.0*[1-9]\d* GFLOP", done.stdout)
     assert "subject  layers" in done.stdout

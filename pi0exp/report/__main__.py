@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from pi0exp import pipes
 from pi0exp.errors import UserError
 from pi0exp.result import CONFIG_ERROR
 
@@ -60,4 +61,4 @@ def run(studies: list[str], html: Path | None, write: bool, uri: str | None, roo
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    pipes.leave(main)
