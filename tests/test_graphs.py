@@ -110,6 +110,9 @@ def test_packed_tensors_are_apart_aligned_and_as_they_were():
         assert own.is_contiguous()
         assert own.storage_offset() * own.element_size() % 256 == 0
     assert packed.buffer.numel() == 256 + 256 + 0 + 1280
+    packed.fill([tensor.to(torch.float64) + 1 for tensor in like])  # another type is converted, as by copy_
+    assert packed.tensors[0].tolist() == [1, 2, 3]
+    packed.fill(like)
     copy = Packed(like, torch.device("cpu"))
     copy.buffer.copy_(packed.buffer)
     assert all(torch.equal(own, tensor) for own, tensor in zip(copy.tensors, like, strict=True))

@@ -30,8 +30,17 @@ class Packed:
         ]
 
     def fill(self, given: Sequence[Tensor]) -> None:
+        """Copy tensors of these shapes into place: in one launch, but for those whose bytes stand otherwise."""
+        owns, tensors = list[Tensor](), list[Tensor]()
         for own, tensor in zip(self.tensors, given, strict=True):
-            own.copy_(tensor)
+            if not (tensor.is_contiguous() and tensor.dtype == own.dtype):
+                own.copy_(tensor)
+            elif tensor.numel():
+                # As bytes: the launch takes tensors of one type only.
+                owns.append(own.view(-1).view(torch.uint8))
+                tensors.append(tensor.view(-1).view(torch.uint8))
+        if owns:
+            torch._foreach_copy_(owns, tensors)
 
 
 class StagedRecording:

@@ -63,8 +63,7 @@ def everything(valid_BS: Tensor, full: bool) -> Mask:
 
 def everything_and_itself(valid_BS: Tensor, suffix_tokens: int, full: bool, blind: bool) -> Mask:
     """The slot `Pi0.mask_suffix`."""
-    B, S = valid_BS.shape
-    return Mask(valid_BS.new_ones(B, S + suffix_tokens), suffix_tokens, full=True)
+    return Mask(torch.ones_like(valid_BS), suffix_tokens, full=True, own=True)
 
 
 def causal(valid_BS: Tensor, suffix_tokens: int, full: bool, blind: bool) -> Mask:

@@ -14,7 +14,9 @@ HIDDEN = -2.3819763e38
 class Mask:
     """Which keys each query may see.
 
-    keys_BS: bool, True for real keys. queries_BT: bool, True for real queries; None if all of them are.
+    keys_BS: bool, True for real keys. own: behind them the queries' own keys come, all of them real. Where every key is
+        real they are put together only if somebody asks: most kernels do not, and a step would launch two more.
+    queries_BT: bool, True for real queries; None if all of them are.
     full: the host knows that every key is real.
     blind: the first query sees only the keys before the last T and itself; this is how Pi0's state token does not see
         the actions.
@@ -27,14 +29,27 @@ class Mask:
         num_queries: int,
         *,
         full: bool,
+        own: bool = False,
         queries_BT: Tensor | None = None,
         blind: bool = False,
         causal: bool = False,
     ):
-        self.keys_BS, self.queries_BT = keys_BS, queries_BT
+        self.queries_BT = queries_BT
         self.num_queries, self.full, self.blind, self.causal = num_queries, full, blind, causal
+        self._before_BS = keys_BS
+        self._keys_BS = None if own else keys_BS
+        if own and not full:  # not later: compiled blocks would see a mask that changes from one to the next
+            self._keys_BS = self.keys_BS
         self._visible: Tensor | None = None
         self._additive: Tensor | None = None
+
+    @property
+    def keys_BS(self) -> Tensor:  # noqa: N802 (a shape suffix)
+        """bool [B, S], True for real keys, of all that the queries may see."""
+        if self._keys_BS is None:
+            own_BT = self._before_BS.new_ones(self._before_BS.shape[0], self.num_queries)
+            self._keys_BS = torch.cat([self._before_BS, own_BT], dim=1)
+        return self._keys_BS
 
     def visible(self) -> Tensor:
         """bool [B, T, S], False for whatever a real query may not see; rows of padded queries see the same keys."""
@@ -67,5 +82,4 @@ def prefix_mask(valid_BS: Tensor, full: bool) -> Mask:
 
 def suffix_mask(valid_BS: Tensor, suffix_tokens: int, full: bool, blind: bool) -> Mask:
     """Suffix tokens see real prefix tokens and one another; with `blind` the first sees only itself of the suffix."""
-    own_BT = valid_BS.new_ones(valid_BS.shape[0], suffix_tokens)
-    return Mask(torch.cat([valid_BS, own_BT], dim=1), suffix_tokens, full=full, blind=blind)
+    return Mask(valid_BS, suffix_tokens, full=full, own=True, blind=blind)
