@@ -41,7 +41,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     # cuBLAS: nvjet, gemm*, gemv*, splitKreduce, xmma; CUTLASS: Kernel2, device_kernel, cutlass_*; cuDNN's and MIOpen's
     # convolutions, which are products, too; Tensile (hipBLASLt, rocBLAS): Cijk_*; CK and aiter: *gemm*; vLLM on ROCm:
     # wvSplitK, LLMM1; Triton kernels called matmul or mm; our tile_gemm, skinny_gemm, stream_*.
-    ("gemm", r"^stream_(qkv|gated|residual|begin|end|layers)_"),
+    ("gemm", r"^stream_(qkv|gated|residual|embed|begin|end|layers)_"),
     ("gemm", r"gemm|gemv|nvjet|cublas|split_?k|xmma|wgmma|cutlass|Cijk_|matmul|flatmm|LLMM|(^|_)b?mm(_|$)"),
     ("gemm", r"\bdot_kernel|convol|conv[123]d|conv_|igemm|winograd|ConvAsm|AsmConv|conv.*(fwd|fprop)|fprop"),
     # PyTorch's, Apex's, TransformerEngine's, Liger's, aiter's (Rmsnorm2dFwd, layernorm2d), our *_norm. In eager RMSNorm

@@ -101,7 +101,8 @@ def test_kernel_is_tested_and_timed(name):
     small = [case for case in kernel.cases if case.small]
     dtypes = {x.dtype for case in small for x in case.make(torch.Generator(), CPU) if isinstance(x, torch.Tensor)}
     # A layer of stream_layers rounds six times: the interpreter, which cuts off, is past the limit. bf16 is for a GPU.
-    assert {torch.float32} | ({torch.bfloat16} if name != "stream_layers" else set()) <= dtypes
+    # What stream_embed computes is float32 in every precision.
+    assert {torch.float32} | ({torch.bfloat16} if name not in ("stream_layers", "stream_embed") else set()) <= dtypes
     assert len({case.name for case in kernel.cases}) == len(kernel.cases)
     assert all(case.bytes_moved > 0 for case in kernel.cases if case.pi0)
     assert any(case.pi0 for case in kernel.cases)
@@ -241,6 +242,9 @@ def mutants() -> list[tuple[str, str, Any]]:
         ("rope_qkv", "turned back", lambda q, k, v, c, s: r["rope_qkv"](q, k, v, c, -s)),
         ("rope_qkv", "keys as they are", lambda q, k, v, c, s: (r["rope_qkv"](q, k, v, c, s)[0], k, v)),
         ("rope_qkv", "neighbours as pairs", lambda q, k, v, c, s: (interleaved(q, c, s), interleaved(k, c, s), v)),
+        ("stream_embed", "no time", lambda x, a, b, t, *out: r["stream_embed"](x, a, b, 0 * t, *out)),
+        ("stream_embed", "time behind silu", lambda x, a, b, t, w, c: F.linear(F.silu(F.linear(x, a, b)) + t, w, c)),
+        ("stream_embed", "second matrix turned", lambda *a: r["stream_embed"](*a[:4], a[4].T, a[5])),
         ("rope_qkv_cached", "a row beside", a_row_beside),
         ("rope_qkv_cached", "nothing kept", lambda *a: r["rope_qkv"](*a[:5])[0]),
     ]
@@ -292,6 +296,16 @@ REFUSED = {
         "stream_attention",
         lambda: (*[rows(1, 3, 1, 16)] * 3, None, False, 1.0, 4, torch.zeros(0, dtype=torch.int32)),
         "4 of 3 keys",
+    ),
+    "actions in bfloat16": (
+        "stream_embed",
+        lambda: (rows(1, 2, 4), *[rows(*shape, dtype=torch.float32) for shape in ((8, 4), (8,), (8,), (8, 8), (8,))]),
+        "actions: torch.bfloat16",
+    ),
+    "time of another width": (
+        "stream_embed",
+        lambda: [rows(*s, dtype=torch.float32) for s in ((1, 2, 4), (8, 4), (8,), (1, 8), (8, 8), (8,))],
+        "time is",
     ),
     "turns of other tokens": ("rope_qkv", lambda: (*qkv(3, 5, 0)[:3], rows(1, 2, 1, 8), rows(1, 2, 1, 8)), "turns no"),
 }

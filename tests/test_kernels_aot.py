@@ -29,6 +29,7 @@ EVERY_DAY = {
     ("gemm", "bias + residual + scale"): ("gfx950",),
     ("skinny_gemm", "groups, held"): ("gfx950",),
     ("stream_attention", "10 actions, dependent launch"): ("sm_90",),
+    ("stream_embed", "second, dependent"): ("sm_90",),
     ("stream_qkv", "held and split, offset"): ("gfx942",),
 }
 """Kernel and entry -> targets that are compiled in every run; all others are `slow`."""

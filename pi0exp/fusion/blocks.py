@@ -2,9 +2,10 @@
 a step, a layer.
 
 `pi0exp.kernels.stream` has the scheme, each kernel's file its maths. A step is `stream_begin`, five launches a layer
-and `stream_end`; the embedding of the noisy actions before it stays with PyTorch. Every launch waits only where it
-needs what the one in front made, and equal inputs give equal bits. With `fusion.persistent` all layers are one launch
-where there are few rows (`pi0exp.fusion.persistent`).
+and `stream_end`; before it `stream_embed` makes tokens of Pi0's noisy actions, where `fusion.rewrites` have folded
+their matrices and tabulated the time. Every launch waits only where it needs what the one in front made, and equal
+inputs give equal bits. With `fusion.persistent` all layers are one launch where there are few rows
+(`pi0exp.fusion.persistent`).
 
 Against the plain model fewer values are rounded: the normed rows' shifts, the products before rotation, before the
 gated activation and before the residual sum, the gates, and the last normed row. None is rounded more often.
@@ -70,8 +71,8 @@ def clashes(fusion: "Fusion", stack: "Stack") -> list[str]:
     return reasons
 
 
-def fill_blocks(policy: Policy, persistent: bool) -> None:
-    """Fills the slot `Pi0.step`, and what more rows than a stream takes need."""
+def fill_blocks(policy: Policy, fusion: "Fusion") -> None:
+    """Fills the slot `Pi0.step`, what more rows than a stream takes need, and the embedding of the noisy actions."""
     from pi0exp.attention.triton_attention import triton_attend
     from pi0exp.kernels.attention_split import attend_split
     from pi0exp.kernels.skinny_gemm import COUNTERS, MAX_ROWS
@@ -80,13 +81,24 @@ def fill_blocks(policy: Policy, persistent: bool) -> None:
     if policy.model.config.pi05:
         tabulate_offsets(policy)
     counters = torch.zeros(COUNTERS, dtype=torch.int32, device=policy.device)
-    layers = Layers(policy.model.expert, torch.zeros_like(counters)) if persistent else None
-    first = "all layers in one launch, up to 16 rows of one observation; else " if persistent else ""
+    layers = Layers(policy.model.expert, torch.zeros_like(counters)) if fusion.persistent else None
+    first = "all layers in one launch, up to 16 rows of one observation; else " if fusion.persistent else ""
     stream = Stream(counters, MAX_ROWS, layers)
     policy.fill_model("step", stream.step, f"{first}a stream of kernels, up to {MAX_ROWS} rows")
     attend = partial(triton_attend, op=attend_split)
     policy.fill(Attention, "attend", attend, ("denoise",), f"Triton attend_split, for more than {MAX_ROWS} rows")
     policy.closed["denoise"] = NAME
+    if fusion.rewrites.hoist_time and fusion.rewrites.fold_action_in and not policy.model.config.pi05:
+        policy.fill_model("embed_actions", embed_actions, "two launches")
+
+
+def embed_actions(model: Pi0, x_BCA: Tensor, moment: Tensor) -> tuple[Tensor, None]:
+    """The slot `Pi0.embed_actions` of Pi0 whose first matrices are one; the moment is the time's share, [1, D]."""
+    from pi0exp.kernels.stream_embed import stream_embed
+
+    first, last = model.action_in_proj, model.action_time_mlp_out
+    weights = first.weight, first.bias, moment.flatten(), last.weight, last.bias
+    return stream_embed(x_BCA.contiguous(), *weights), None
 
 
 # ---- a step

@@ -85,4 +85,4 @@ class Fusion(Option):
         if self.rope:
             kernels.fill_rope(policy)
         if self.blocks:
-            blocks.fill_blocks(policy, self.persistent)
+            blocks.fill_blocks(policy, self)
