@@ -128,10 +128,10 @@ def repeated() -> bool:
 
 
 def many_rows() -> float:
-    """The error where there are more rows than a stream takes: 2 x 33. Pi0.5 has its modulations in another form."""
+    """The error where there are more rows than a stream takes: 2 x 17. Pi0.5 has its modulations in another form."""
     given, actions = tiny_observation([(1, 0, 0)] * 2, (0, 1)), []
     for precision in (FP32_TRUTH, FP32):
-        policy = tiny_policy(True, precision, horizon=33, num_steps=1)
+        policy = tiny_policy(True, precision, horizon=17, num_steps=1)
         if precision is FP32:
             streamed(policy)
         actions.append(policy.sample_actions(given, noise_for(policy, given)))

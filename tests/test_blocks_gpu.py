@@ -30,6 +30,12 @@ GROUPS, DRAWS = 20, 10
 """Models and horizons, and observations of each: 200 draws."""
 
 
+@pytest.fixture(autouse=True)
+def _all_that_the_kernels_take_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call streams fewer rows, since more are slower; the plain step is what even more rows take here."""
+    monkeypatch.setattr(blocks, "STREAMED", MAX_ROWS)
+
+
 def shallow(*words: str) -> PolicySubject:
     made = subject.subject(plain_config(*SHALLOW, *words))
     assert isinstance(made, PolicySubject)

@@ -10,8 +10,8 @@ inputs give equal bits. With `fusion.persistent` all layers are one launch where
 Against the plain model fewer values are rounded: the normed rows' shifts, the products before rotation, before the
 gated activation and before the residual sum, the gates, and the last normed row. None is rounded more often.
 
-More rows than MAX_ROWS (a horizon of 50 with a batch of 2, say) are no stream of weights any more: then the step is
-the plain one with what the other switches put into it, and `attend_split`.
+More rows than STREAMED (a horizon of 50, say) are no stream of weights any more: then the step is the plain one with
+what the other switches put into it, and `attend_split`.
 
 Shapes: B batch, S cached tokens, T suffix tokens, C action horizon, A action dim, D width, L layers, I steps.
 """
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from pi0exp.fusion.fusion import Fusion
 
 NAME = "fusion.blocks"
+STREAMED = 32
+"""Rows up to which a step is a stream. The kernels take 64, but a call of 51 rows, a horizon of 50, took 18.3 ms, and
+one of `h200_best`, whose steps are the plain ones between kernels, 17.6 (on an H100: experiments/speed.md)."""
 
 
 # ---- what it needs, and what it fills
@@ -75,7 +78,7 @@ def fill_blocks(policy: Policy, fusion: "Fusion") -> None:
     """Fills the slot `Pi0.step`, what more rows than a stream takes need, and the embedding of the noisy actions."""
     from pi0exp.attention.triton_attention import triton_attend
     from pi0exp.kernels.attention_split import attend_split
-    from pi0exp.kernels.skinny_gemm import COUNTERS, MAX_ROWS
+    from pi0exp.kernels.skinny_gemm import COUNTERS
 
     give_room(policy, queries=False)
     if policy.model.config.pi05:
@@ -83,10 +86,10 @@ def fill_blocks(policy: Policy, fusion: "Fusion") -> None:
     counters = torch.zeros(COUNTERS, dtype=torch.int32, device=policy.device)
     layers = Layers(policy.model.expert, torch.zeros_like(counters)) if fusion.persistent else None
     first = "all layers in one launch, up to 16 rows of one observation; else " if fusion.persistent else ""
-    stream = Stream(counters, MAX_ROWS, layers)
-    policy.fill_model("step", stream.step, f"{first}a stream of kernels, up to {MAX_ROWS} rows")
+    stream = Stream(counters, STREAMED, layers)
+    policy.fill_model("step", stream.step, f"{first}a stream of kernels, up to {STREAMED} rows")
     attend = partial(triton_attend, op=attend_split)
-    policy.fill(Attention, "attend", attend, ("denoise",), f"Triton attend_split, for more than {MAX_ROWS} rows")
+    policy.fill(Attention, "attend", attend, ("denoise",), f"Triton attend_split, for more than {STREAMED} rows")
     policy.closed["denoise"] = NAME
     if fusion.rewrites.hoist_time and fusion.rewrites.fold_action_in and not policy.model.config.pi05:
         policy.fill_model("embed_actions", embed_actions, "two launches")
