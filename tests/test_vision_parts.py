@@ -1,0 +1,28 @@
+"""The ways of `experiments/vision_parts.py` compute the same; how long they take is for a GPU to say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+SCRIPT = Path(__file__).resolve().parent.parent / "experiments" / "vision_parts.py"
+
+
+def test_every_way_is_close_to_the_truth(tmp_path: Path):
+    out = tmp_path / "out.json"
+    done = subprocess.run([sys.executable, SCRIPT, out], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert all(way["rel_l2"] < 4e-3 for way in found["hidden"].values())  # bf16
+    assert set(found["patches"]) == {"convolution", "product", "three bf16"}
+    assert all(way["rel_l2"] < 1e-6 for way in found["patches"].values())  # float32, whatever the products are of
+    assert ("ms" in found["patches"]["product"]) == torch.cuda.is_available()
+    assert len(done.stdout.splitlines()) == len(found["hidden"]) + 3
+
+
+def test_it_wants_a_file():
+    done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "vision_parts.py OUT.json" in done.stderr
