@@ -101,21 +101,39 @@ def test_calls_from_the_host_and_from_the_device_share_a_graph():
     assert policy.counters()["graphs/captures"] == 2
 
 
-def test_packed_tensors_are_apart_aligned_and_as_they_were():
-    like = [torch.arange(3), torch.ones(2, 5, dtype=torch.bool), torch.zeros(1, 0), torch.randn(2, 300)[:, ::2]]
-    packed = Packed(like, torch.device("cpu"))
-    packed.fill(like)
-    for own, tensor in zip(packed.tensors, like, strict=True):
+LIKE = [torch.arange(3), torch.ones(2, 5, dtype=torch.bool), torch.zeros(1, 0), torch.randn(2, 300)[:, ::2]]
+
+
+def test_packed_tensors_are_apart_and_aligned():
+    packed = Packed(LIKE, torch.device("cpu"))
+    packed.fill(LIKE)
+    for own, tensor in zip(packed.tensors, LIKE, strict=True):
         assert torch.equal(own, tensor)
         assert own.is_contiguous()
         assert own.storage_offset() * own.element_size() % 256 == 0
     assert packed.buffer.numel() == 256 + 256 + 0 + 1280
-    packed.fill([tensor.to(torch.float64) + 1 for tensor in like])  # another type is converted, as by copy_
-    assert packed.tensors[0].tolist() == [1, 2, 3]
-    packed.fill(like)
-    copy = Packed(like, torch.device("cpu"))
+    copy = Packed(LIKE, torch.device("cpu"))
     copy.buffer.copy_(packed.buffer)
-    assert all(torch.equal(own, tensor) for own, tensor in zip(copy.tensors, like, strict=True))
+    assert all(torch.equal(own, tensor) for own, tensor in zip(copy.tensors, LIKE, strict=True))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        LIKE,
+        [tensor.to(torch.float64) for tensor in LIKE],  # of another type: converted, as by copy_
+        # As wide as three words, but not where words begin.
+        [torch.arange(25, dtype=torch.uint8)[1:].view(torch.uint8), *LIKE[1:]],
+    ],
+    ids=["as they are", "another type", "beside a word"],
+)
+def test_tensors_are_copied_at_once_whatever_they_are(given: list[Tensor]):
+    like = [given[0] if given[0].dtype == torch.uint8 else LIKE[0], *LIKE[1:]]
+    one, other = (Packed(like, torch.device("cpu")) for _ in range(2))
+    one.fill(given)
+    other.fill_at_once(given)
+    assert one.buffer.any()
+    assert torch.equal(one.buffer, other.buffer)
 
 
 @pytest.mark.usefixtures("pretended")

@@ -13,6 +13,8 @@ from torch import Tensor
 from pi0exp.graphs import capture
 from pi0exp.graphs.capture import Note
 
+_WORD = 8
+"""Bytes of torch.int64."""
 _ALIGNMENT = 256
 """Bytes. That of PyTorch's allocator on the device, so that packed tensors are read in pieces as wide as others."""
 
@@ -28,18 +30,29 @@ class Packed:
             self.buffer[start : start + size].view(tensor.dtype).view(tensor.shape)
             for start, size, tensor in zip(starts, sizes, like, strict=True)
         ]
+        # One launch copies tensors of one type, and reads as much at a time as its type is wide.
+        self._wide = [
+            own.view(-1).view(torch.uint8 if size % _WORD else torch.int64)
+            for size, own in zip(sizes, self.tensors, strict=True)
+        ]
 
     def fill(self, given: Sequence[Tensor]) -> None:
-        """Copy tensors of these shapes into place: in one launch, but for those whose bytes stand otherwise."""
-        owns, tensors = list[Tensor](), list[Tensor]()
+        """Copy tensors of these shapes into place one by one, which on the host is the fastest way."""
         for own, tensor in zip(self.tensors, given, strict=True):
-            if not (tensor.is_contiguous() and tensor.dtype == own.dtype):
+            own.copy_(tensor)
+
+    def fill_at_once(self, given: Sequence[Tensor]) -> None:
+        """The same on a device: in two launches, but for those whose bytes stand otherwise."""
+        launches: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+        for own, wide, tensor in zip(self.tensors, self._wide, given, strict=True):
+            aligned = tensor.storage_offset() * tensor.element_size() % wide.element_size() == 0
+            if not (aligned and tensor.is_contiguous() and tensor.dtype == own.dtype):
                 own.copy_(tensor)
             elif tensor.numel():
-                # As bytes: the launch takes tensors of one type only.
-                owns.append(own.view(-1).view(torch.uint8))
-                tensors.append(tensor.view(-1).view(torch.uint8))
-        if owns:
+                owns, tensors = launches.setdefault(wide.dtype, ([], []))
+                owns.append(wide)
+                tensors.append(tensor.view(-1).view(wide.dtype))
+        for owns, tensors in launches.values():
             torch._foreach_copy_(owns, tensors)
 
 
@@ -70,7 +83,7 @@ class StagedRecording:
         return made
 
     def replay(self, given: Sequence[Tensor]) -> None:
-        self._inputs.fill(given)
+        self._inputs.fill_at_once(given)
         self.graph.replay()
 
     def replay_from_host(self, given: Sequence[Tensor]) -> Tensor:
