@@ -5,8 +5,8 @@
 
 All of it float32, as the model has it outside of its transformers. There are few rows and the larger weight has 4 MB:
 what counts is to read it once, while the launch in front still runs (`skinny_gemm` says more of dependent launches).
-Without matrix instructions, whose float32 is none; a warp sums its columns of the weight in one order, so equal inputs
-give equal bits.
+Without matrix instructions, whose float32 is none. A program has the whole of K of its columns, so no sum is split
+between programs, and equal inputs give equal bits.
 
 Shapes: M rows, A width of an action, D width of a token; of one launch K width in, N width out.
 """

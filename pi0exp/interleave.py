@@ -182,6 +182,8 @@ def measure_pair_isolated(
     machine, _ = target_machine(settings.device)
     pair = {"a": a, "b": b, "rounds": rounds}
     result = measure_isolated(pair, 2 * settings.timeout_s, told, module=NAME, on_gpu=machine.has_gpu)
+    # What the child took is of both; beside the metrics of B it would look like B's.
+    result = replace(result, metrics={name: v for name, v in result.metrics.items() if not name.startswith("wall_s/")})
     if result.outcome is not Outcome.OK:
         return replace(result, fingerprint=result.fingerprint or fingerprint(machine)), []
     samples = result.samples

@@ -147,6 +147,7 @@ def test_tiny_policies_take_turns():
     result, found = measure_pair_isolated(
         plain_config(*words), plain_config(*words, "attention=sdpa"), ROUNDS, told.append
     )
+    assert not any(name.startswith("wall_s/") for name in result.metrics)  # of both, not of B
     assert result.outcome is Outcome.OK, result
     assert len(found) == ROUNDS
     assert all(0 < time_ms < 1e3 * (time.perf_counter() - start) for pair in found for time_ms in pair)
