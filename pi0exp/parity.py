@@ -128,8 +128,8 @@ def answers(
         for basis in own:
             pair = own[basis], theirs[basis]
             if pair[0] is None or pair[1] is None:
-                who = [one for one, power in zip(("the reference", name), pair, strict=True) if power is None]
-                lacking.append(f"{basis} power: not known of {' and of '.join(who)} ({_HINTS[basis]})")
+                whose = "the reference" if pair[0] is None else name  # without that one a candidate's says nothing
+                lacking.append(f"{basis} power: not known of {whose} ({_HINTS[basis]})")
             else:
                 target = target_ms(float(reference["metrics"][LATENCY]), pair[0], pair[1])
                 doubt = uncertainty(reference, candidate) if basis == "measured" else None
@@ -137,7 +137,7 @@ def answers(
         if len(lacking) == len(own):
             raise UserError("; ".join(lacking))
         notes += lacking
-    return made, notes
+    return made, list(dict.fromkeys(notes))
 
 
 _HINTS = {
@@ -156,7 +156,7 @@ def label(record: Record) -> str:
 
 
 def fitting(paths: list[Path], reference: Record) -> tuple[dict[str, Record], list[str]]:
-    """Candidates by their labels, and a sentence for each result in a folder that is none.
+    """Candidates by their labels, the fastest first, and a sentence for each result in a folder that is none.
 
     Raises UserError for a file that was named and is none, and where nothing is left.
     """
@@ -177,7 +177,7 @@ def fitting(paths: list[Path], reference: Record) -> tuple[dict[str, Record], li
             found[name if name not in found else f"{name} ({path})"] = record
     if not found:
         raise UserError(f"{', '.join(map(str, paths))}: no result there did the reference's work and ended ok")
-    return found, left_out
+    return dict(sorted(found.items(), key=lambda item: item[1]["metrics"][LATENCY])), left_out
 
 
 def sentence(one: Answer) -> str:

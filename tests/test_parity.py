@@ -118,6 +118,18 @@ def test_a_folder_gives_what_fits(capsys, tmp_path, reference):
     )
 
 
+def test_the_fastest_comes_first_and_what_the_reference_lacks_is_said_once(capsys, tmp_path):
+    reference = file(tmp_path / "reference", H200, 32.9)
+    for p50_ms, stack in ((30.0, "1_graphs"), (20.0, "7_hoists"), (25.0, "2_sdpa")):
+        file(tmp_path / "folder", MI350, p50_ms, f"stack={stack}", key=stack[0] * 16, power_w=800.0)
+    _, out, err = run(capsys, "--reference", reference, "--candidate", tmp_path / "folder")
+    assert err == ""
+    needed = [line.split(" needs ")[1].split(" ms")[0] for line in out.splitlines() if " needs " in line]
+    assert needed == ["20.00", "25.00", "30.00"]
+    assert out.count("not known of the reference") == 1
+    assert "not known of AMD" not in out
+
+
 def test_what_is_no_answer(capsys, tmp_path, reference):
     good = file(tmp_path / "good", MI350, 20.0)
     failed = keep(tmp_path / "failed", gpu=MI350, outcome=Outcome.TIMEOUT, reasons=("late",))
