@@ -28,7 +28,6 @@ from pi0exp.model import pi0
 from pi0exp.model.config import CAMERAS
 from pi0exp.model.gemma import LayerCache
 from pi0exp.model.mask import prefix_mask, suffix_mask
-from pi0exp.model.observation import scaled
 from pi0exp.model.precision import BF16, BF16_TRUTH, FP32, FP32_TRUTH, Precision
 
 SUFFIX_STEPS = ("first", "last", "tenth")
@@ -93,7 +92,7 @@ def stages(request: pytest.FixtureRequest) -> Stages:
 @pytest.mark.parametrize("camera", CAMERAS)
 @torch.inference_mode()
 def test_pictures_become_tokens(stages: Stages, camera: str):
-    stages.check(f"image_embeds.{camera}", stages.model.vision(scaled(stages.observation.images[camera])))
+    stages.check(f"image_embeds.{camera}", stages.model.vision(stages.observation.images[camera]))
 
 
 def test_prefix_is_pictures_then_scaled_text(stages: Stages):

@@ -11,7 +11,7 @@ from torch import Tensor, cat
 from pi0exp.fusion import folds, steps
 from pi0exp.fusion.keys_only import KeysOnly, NoNorm
 from pi0exp.model.gemma import GemmaBlock
-from pi0exp.model.observation import Observation, scaled
+from pi0exp.model.observation import Observation
 from pi0exp.model.pi0 import Pi0
 from pi0exp.policy import Policy
 
@@ -82,4 +82,4 @@ def trimmed(observation: Observation) -> Observation:
 
 def all_images(model: Pi0, images: list[Tensor]) -> list[Tensor]:
     """The slot `Pi0.embed_images`: one pass of the vision tower over all pictures, tokens [B, P, D] of each camera."""
-    return list(model.vision(scaled(cat(images))).chunk(len(images))) if images else []
+    return list(model.vision(cat(images)).chunk(len(images))) if images else []

@@ -66,9 +66,9 @@ class Observation:
             )
         if not names == tuple(self.camera_masks) == tuple(self.cameras_present):
             raise UserError("observation.images, .camera_masks and .cameras_present name different cameras")
-        wanted = {}
+        wanted, scaled = {}, self.scaled
         for (name, image), size in zip(self.images.items(), self.image_sizes, strict=True):
-            form = (torch.float32, (batch, 3, *size)) if self.scaled else (torch.uint8, (batch, *size, 3))
+            form = (torch.float32, (batch, 3, *size)) if scaled else (torch.uint8, (batch, *size, 3))
             wanted[f"images[{name}]"] = (image, *form)
         wanted |= {f"camera_masks[{name}]": (mask, torch.bool, (batch,)) for name, mask in self.camera_masks.items()}
         wanted["state_BA"] = (self.state_BA, torch.float32, (batch, *self.state_BA.shape[1:]))
@@ -104,7 +104,8 @@ class Observation:
     @property
     def image_sizes(self) -> list[tuple[int, ...]]:
         """Height and width of the pictures of each camera."""
-        return [tuple(image.shape[2:] if self.scaled else image.shape[1:3]) for image in self.images.values()]
+        sides = slice(2, None) if self.scaled else slice(1, 3)
+        return [tuple(image.shape[sides]) for image in self.images.values()]
 
     @property
     def prompt_padded(self) -> int:

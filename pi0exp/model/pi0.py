@@ -24,7 +24,7 @@ from pi0exp.model.config import ModelConfig
 from pi0exp.model.gemma import Gemma, LayerCache, Rotation
 from pi0exp.model.layers import Linear, Rope
 from pi0exp.model.mask import Mask, prefix_mask, suffix_mask
-from pi0exp.model.observation import Observation, scaled
+from pi0exp.model.observation import Observation
 from pi0exp.model.precision import Precision
 from pi0exp.model.siglip import Siglip
 
@@ -68,7 +68,7 @@ class Context(NamedTuple):
 
 def each_image(model: "Pi0", images: list[Tensor]) -> list[Tensor]:
     """One pass of the vision tower a camera: tokens [B, P, D] of each."""
-    return [model.vision(scaled(image)) for image in images]
+    return [model.vision(image) for image in images]
 
 
 def no_cache(model: "Pi0", prefix_BSD: Tensor) -> None:

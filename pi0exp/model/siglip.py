@@ -9,6 +9,7 @@ from torch import Tensor, empty, nn
 
 from pi0exp.model.config import VisionConfig
 from pi0exp.model.layers import Attention, Branch, JoinFn, LayerNorm, Linear, gelu, plain_join
+from pi0exp.model.observation import scaled
 
 
 def plain_project(attention: "VisionAttention", x_BPD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,8 +94,9 @@ class Siglip(nn.Module):
         self.norm = LayerNorm(config.width, eps)
         self.projector = Linear(config.width, out_width)
 
-    def forward(self, image_BCHW: Tensor) -> Tensor:
-        """float [B, 3, H, W] in [-1, 1] -> [B, P, out_width] in the activations' dtype, patches row by row."""
+    def forward(self, image: Tensor) -> Tensor:
+        """Pictures as an observation has them -> [B, P, out_width] in the activations' dtype, patches row by row."""
+        image_BCHW = scaled(image)
         x_BPD = self.patch(image_BCHW.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2) + self.position
         # The patches come out of the convolution channel by channel; without this every layer would keep that layout.
         x_BPD = x_BPD.to(self.norm.weight.dtype).contiguous()
