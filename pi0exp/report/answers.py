@@ -12,7 +12,7 @@ from pi0exp import intervals
 from pi0exp.config import Answer, ReportConfig
 from pi0exp.parity import RATED_W, target_ms
 from pi0exp.report.cells import number, scale_of, text_of, time_text, title
-from pi0exp.report.rows import Facet, Row
+from pi0exp.report.rows import Facet, Row, cards
 
 MOST = 4
 """Facets that an answer goes through; the table has all."""
@@ -38,8 +38,8 @@ def _counted(found: Sequence[Facet], always: bool) -> str:
         parts.append(f"{len(rows)} point{'s' * (len(rows) != 1)}: {counts}.")
     if quick:
         parts.append(f"{quick} of {len(rows)} in the quick form only: wider intervals.")
-    if len(cards := {row.card for row in rows if row.card}) > 1:
-        parts.append(f"On {len(cards)} GPUs of this kind: what waits for the host is also a figure of that host.")
+    if (count := len(cards(found))) > 1:
+        parts.append(f"On {count} GPUs of this kind: what waits for the host is also a figure of that host.")
     return " ".join(parts)
 
 

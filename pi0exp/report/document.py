@@ -10,7 +10,7 @@ from pi0exp.report.answers import answer
 from pi0exp.report.cells import ABSENT, Column, cases, columns
 from pi0exp.report.plots import Plot, plots
 from pi0exp.report.published import Figure, Judged
-from pi0exp.report.rows import OPTIONS, PLAIN, Facet, Row, facets, missing
+from pi0exp.report.rows import OPTIONS, PLAIN, Facet, Row, cards, facets, missing
 from pi0exp.report.sources import Measured
 from pi0exp.report.study import Study
 from pi0exp.track import Record
@@ -95,7 +95,6 @@ def machine(study: Study, slug: str, records: Sequence[Record]) -> Machine:
     prints = [record["fingerprint"] for record in kept]
     calls = sorted({row.calls for facet in found for row in facet.rows} - {0})
     about = f"{machine_line(prints)}; {_some(calls)} calls a point, one process each."
-    cards = list(dict.fromkeys(row.card for facet in found for row in facet.rows if row.card))
     return Machine(
         slug=slug,
         gpu=str(prints[0].get("gpu", slug)),
@@ -103,7 +102,7 @@ def machine(study: Study, slug: str, records: Sequence[Record]) -> Machine:
         date=max(str(one.get("date", "")) for one in prints),
         answer=" ".join(filter(None, [answer(study.report, found), incomplete(missing(study, kept), study)])),
         facets=tuple(found),
-        tables=(*(table(study, facet, cards) for facet in found), *parts(found)),
+        tables=(*(table(study, facet, cards(found)) for facet in found), *parts(found)),
         plots=tuple(plots(study.report, found)),
     )
 
@@ -123,12 +122,12 @@ def _some(calls: list[int]) -> str:
     return " or ".join(map(str, calls)) if len(calls) < 4 else f"{calls[0]} to {calls[-1]}"
 
 
-def table(study: Study, facet: Facet, cards: Sequence[str] = ()) -> Table:
-    """cards: the GPUs of all facets; of several a column says which one a row was measured on."""
+def table(study: Study, facet: Facet, gpus: Sequence[str] = ()) -> Table:
+    """gpus: of all facets; of several a column says which one a row was measured on."""
     names = [name for name in study.report.label if name not in study.report.facet] or [OPTIONS]
     labels = [Column(name, [_code(row.names[i]) for row in facet.rows], number=False) for i, name in enumerate(names)]
-    if len(cards) > 1:
-        letters = dict(zip(cards, ascii_uppercase, strict=False))
+    if len(gpus) > 1:
+        letters = {gpu: ascii_uppercase[i] if i < len(ascii_uppercase) else str(i + 1) for i, gpu in enumerate(gpus)}
         labels.append(Column("GPU", [letters.get(row.card, ABSENT) for row in facet.rows], number=False))
     return Table(facet.title, (*labels, *columns(facet, study.report.metrics)))
 

@@ -120,6 +120,11 @@ class Facet:
         return self.baseline.p50 / row.p50 if self.baseline is not None and row.ok else None
 
 
+def cards(found: Iterable[Facet]) -> list[str]:
+    """The GPUs of one kind on which the rows were measured, in the order of the rows."""
+    return list(dict.fromkeys(row.card for facet in found for row in facet.rows if row.card))
+
+
 def is_quick(record: Record) -> bool:
     return bool(record["params"].get("measure") == "quick")
 
