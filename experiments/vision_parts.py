@@ -12,6 +12,7 @@ Each way is a CUDA graph, rounds take turns. Milliseconds, relative L2 error. Wi
 the ways that a CPU has.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pi0exp.graphs.capture import Graph
+from pi0exp.load import write_whole
 from pi0exp.machine import this_machine
 from pi0exp.measure import fingerprint
 from pi0exp.model.observation import scaled
@@ -37,7 +39,7 @@ Ways = dict[str, Callable[[], Tensor]]
 
 
 def hidden_ways(device: torch.device) -> tuple[Ways, Tensor]:
-    """Of the first layer's weight the truth; a way returns the last layer's."""
+    """Ways that return the last layer's hidden values [768, 4304], and the truth of these."""
     x = torch.randn(ROWS, WIDTH, device=device).bfloat16()
     weights = [(torch.randn(HIDDEN, WIDTH, device=device) * WIDTH**-0.5).bfloat16() for _ in range(LAYERS)]
     bias = torch.randn(HIDDEN, device=device).bfloat16()
@@ -90,23 +92,33 @@ def patch_ways(device: torch.device) -> tuple[Ways, Tensor]:
     return {"convolution": convolution, "product": product, "three bf16": three}, truth
 
 
+def replay_of(way: Callable[[], Tensor]) -> Callable[[int], None]:
+    """A call of the way as a graph."""
+    graph = Graph(way, 2, lambda line: None)
+    return lambda index: graph.replay()
+
+
 def measured(ways: Ways, truth: Tensor, device: torch.device) -> dict[str, dict[str, object]]:
     """Of each way: rel_l2 and, on a GPU, samples_ms and ms."""
     found: dict[str, dict[str, object]] = {}
     for name, way in ways.items():
         found[name] = {"rel_l2": float((way().double() - truth).norm() / truth.norm())}
     if device.type == "cuda":
-        graphs = {name: Graph(way, 2, lambda line: None) for name, way in ways.items()}
+        replays = {name: replay_of(way) for name, way in ways.items()}
         samples: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(ROUNDS):
-            for name, graph in graphs.items():
-                samples[name].append(device_sample_ms(lambda _, graph=graph: graph.replay(), 0, device))  # type: ignore[misc]
+            for name, replay in replays.items():
+                samples[name].append(device_sample_ms(replay, 0, device))
         for name, times in samples.items():
             found[name] |= {"samples_ms": times, "ms": median(times)}
     return found
 
 
-def main(target: str) -> int:
+def main(arguments: list[str] | None = None) -> int:
+    usage, _, more = str(__doc__).partition("\n\n")
+    parser = argparse.ArgumentParser(description=usage, epilog=more, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT.json", help="all samples and errors")
+    target: Path = parser.parse_args(arguments).out
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(0)
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -117,11 +129,9 @@ def main(target: str) -> int:
             for name, one in made.items():
                 time = f"{one['ms']:.4f} ms" if "ms" in one else "not timed without a GPU"
                 print(f"{part:8} {name:12} {time}, error {one['rel_l2']:.1e}")
-    Path(target).write_text(json.dumps(found, indent=1))
+    write_whole(target, json.dumps(found, indent=1).encode())
     return 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(str(__doc__))
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main())

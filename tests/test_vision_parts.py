@@ -24,5 +24,5 @@ def test_every_way_is_close_to_the_truth(tmp_path: Path):
 
 def test_it_wants_a_file():
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 1
-    assert "vision_parts.py OUT.json" in done.stderr
+    assert done.returncode == 2
+    assert "required: OUT.json" in done.stderr
