@@ -29,6 +29,7 @@ from typing import Any, Protocol
 
 import torch
 
+from pi0exp import pipes
 from pi0exp.ceilings import burst_ceilings
 from pi0exp.errors import UserError
 from pi0exp.gpu_lock import taken_here
@@ -311,4 +312,4 @@ def bench(given: argparse.Namespace, known: dict[str, Kernel]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    pipes.leave(lambda: main(sys.argv[1:]))

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pi0exp import pipes
 from pi0exp.kernels import bench, stream_launch
 from pi0exp.kernels.gemm_epilogue import arch_of
 from pi0exp.kernels.kernel import INTERPRETED, Case, Kernel, check, discover, results
@@ -253,4 +254,4 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    pipes.leave(lambda: main(sys.argv[1:]))

@@ -22,8 +22,7 @@ def leave(main: Callable[[], int]) -> NoReturn:
             code = error.code
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or the interpreter flushes again, and complains
+        # Or the interpreter flushes once more, and complains.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = CLOSED
     sys.exit(code)
