@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
+import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
@@ -59,3 +60,13 @@ def kept_words(words: Sequence[str], compose_anew: Any = compose.from_words) -> 
 compose.initialize_config_dir = kept_session
 compose.from_words = kept_words
 OmegaConf.load = staticmethod(kept_file)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs that only pretend, where there may be no GPU."""
+    from helpers import PretendedGraph  # imports the model, which most files do without
+
+    from pi0exp.graphs import capture
+
+    monkeypatch.setattr(capture, "Graph", PretendedGraph)

@@ -154,3 +154,21 @@ class PretendedGraph:
         made = [leaf for leaf in tree_leaves(self.run()) if isinstance(leaf, Tensor)]
         for static, new in zip(self.tensors, made, strict=True):
             static.copy_(new)
+
+
+def captured(option: Option, pi05: bool = False) -> Policy:
+    """A plain policy with an option of the group graphs."""
+    policy = tiny_policy(pi05)
+    policy.begin("graphs")
+    option.apply(policy)
+    return policy
+
+
+def structures() -> list[Observation]:
+    """Observations of three structures, two of the first."""
+    return [
+        tiny_observation([(1, 1, 1)], [8], seed=1),
+        tiny_observation([(1, 1, 1)], [8], seed=2),
+        tiny_observation([(1, 0, 1)], [5], seed=3),
+        tiny_observation([(1, 1, 1), (0, 0, 1)], [8, 3], seed=4),
+    ]

@@ -256,6 +256,36 @@ def test_options_for_all_stages_leave_its_stage_alone():
     assert policy.applied["attention"][-1] == "denoise: left to fusion.blocks"
 
 
+@pytest.mark.parametrize(("horizon", "plain"), [(blocks.STREAMED - 1, False), (blocks.STREAMED, True), (50, True)])
+def test_many_rows_are_no_stream(horizon: int, plain: bool, monkeypatch: pytest.MonkeyPatch):
+    """With the state token in front of the actions."""
+
+    def streams(*given: object) -> None:
+        raise InterruptedError
+
+    policy, given = streamed(tiny_policy(horizon=horizon, num_steps=1)), tiny_observation()
+    model = policy.model
+    monkeypatch.setattr(blocks, "plain_step", lambda model, x_BCA, moment, context: torch.full_like(x_BCA, 2.0))
+    monkeypatch.setattr(model, "embed_actions", streams)
+    noise_BCA = torch.zeros(1, horizon, model.config.action_dim)
+    context = Context([], given.prompt_mask_BL, False, given.state_BA)
+    if plain:
+        assert (model.denoise_step(noise_BCA, model.moments[0], context) == 2.0).all()
+    else:
+        with pytest.raises(InterruptedError):
+            model.denoise_step(noise_BCA, model.moments[0], context)
+
+
+def test_actions_become_tokens_by_the_kernel_where_their_matrices_are_folded():
+    assert streamed(tiny_policy()).model.embed_actions is blocks.embed_actions
+    assert streamed(tiny_policy(pi05=True)).model.embed_actions is not blocks.embed_actions
+    policy, whole = tiny_policy(), fusion()
+    policy.begin("fusion")
+    with torch.no_grad():
+        replace(whole, rewrites=replace(whole.rewrites, fold_action_in=False)).apply(policy)
+    assert policy.model.embed_actions is not blocks.embed_actions
+
+
 def test_row_of_a_step_holds_modulations_and_offsets():
     """Against the plain norms of Pi0.5: what the shift becomes is the product of the shift alone."""
     plain, policy = tiny_policy(True), streamed(tiny_policy(True))

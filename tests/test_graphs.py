@@ -5,46 +5,31 @@ Shapes: B batch, C horizon, A action dim, D any.
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import PretendedGraph, built, noise_for, plain_config, subject_of, tiny_observation, tiny_policy
+from helpers import (
+    PretendedGraph,
+    captured,
+    noise_for,
+    plain_config,
+    structures,
+    subject_of,
+    tiny_policy,
+)
 from torch import Tensor
 
 from pi0exp import build, config
 from pi0exp.graphs import capture
 from pi0exp.graphs.capture import Tally, count_nodes, same_kind
 from pi0exp.graphs.manual import Manual
-from pi0exp.graphs.none import NoGraph
 from pi0exp.graphs.split import CapturedFunction, Owners, Split, tensors_of
-from pi0exp.graphs.staging import Packed, StagedRecording
 from pi0exp.machine import Machine
-from pi0exp.model.observation import scaled
 from pi0exp.option import Option
-from pi0exp.policy import Policy
 from pi0exp.policy_subject import run as actions_of
 
-
-@pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "Graph", PretendedGraph)
-
-
-def captured(option: Option, pi05: bool = False) -> Policy:
-    policy = tiny_policy(pi05)
-    policy.begin("graphs")
-    option.apply(policy)
-    return policy
-
-
-GIVEN = [
-    tiny_observation([(1, 1, 1)], [8], seed=1),
-    tiny_observation([(1, 1, 1)], [8], seed=2),
-    tiny_observation([(1, 0, 1)], [5], seed=3),
-    tiny_observation([(1, 1, 1), (0, 0, 1)], [8, 3], seed=4),
-]
+GIVEN = structures()
 
 
 @pytest.mark.usefixtures("pretended")
@@ -65,91 +50,6 @@ def test_actions_that_are_held_do_not_change(option: Option):
     kept_BCA = held_BCA.clone()
     policy.sample_actions(GIVEN[1], noise_for(policy, GIVEN[1], 2))
     assert torch.equal(held_BCA, kept_BCA)
-
-
-@pytest.mark.usefixtures("pretended")
-@pytest.mark.parametrize("option", [Manual(), Manual(max_graphs=1), Split(), NoGraph()], ids=repr)
-def test_a_call_from_host_to_host_gives_the_same_actions(option: Option):
-    """Here device and host are the same; that the tensors are copied shows where they are changed afterwards."""
-    plain, policy = tiny_policy(), captured(option)
-    assert policy.staged == isinstance(option, Manual)
-    held = []
-    for given in [*GIVEN, *GIVEN[::-1]]:
-        noise_BCA = noise_for(plain, given)
-        expected_BCA = plain.sample_actions(given, noise_BCA)
-        own = given.with_tensors([tensor.clone() for tensor in given.tensors()])
-        held.append((policy.act(own, noise_BCA), expected_BCA))
-        for tensor in own.tensors():
-            tensor.zero_()
-        assert torch.equal(policy.sample_actions(given, noise_BCA), expected_BCA)
-    assert all(torch.equal(actions_BCA, expected_BCA) for actions_BCA, expected_BCA in held)
-
-
-@pytest.mark.usefixtures("pretended")
-def test_calls_from_the_host_and_from_the_device_share_a_graph():
-    policy = captured(Manual())
-    policy.act(GIVEN[0])
-    policy.sample_actions(GIVEN[1])
-    policy.act(GIVEN[1])
-    assert policy.counters()["graphs/captures"] == 1
-    assert policy.counters()["graphs/replays_per_call"] == 1
-    # Pictures that are scaled already are another structure.
-    images = {name: scaled(image) for name, image in GIVEN[0].images.items()}
-    noise_BCA = noise_for(policy, GIVEN[0])
-    expected_BCA = policy.act(GIVEN[0], noise_BCA)
-    assert torch.equal(policy.act(replace(GIVEN[0], images=images), noise_BCA), expected_BCA)
-    assert policy.counters()["graphs/captures"] == 2
-
-
-LIKE = [torch.arange(3), torch.ones(2, 5, dtype=torch.bool), torch.zeros(1, 0), torch.randn(2, 300)[:, ::2]]
-
-
-def test_packed_tensors_are_apart_and_aligned():
-    packed = Packed(LIKE, torch.device("cpu"))
-    packed.fill(LIKE)
-    for own, tensor in zip(packed.tensors, LIKE, strict=True):
-        assert torch.equal(own, tensor)
-        assert own.is_contiguous()
-        assert own.storage_offset() * own.element_size() % 256 == 0
-    assert packed.buffer.numel() == 256 + 256 + 0 + 1280
-    copy = Packed(LIKE, torch.device("cpu"))
-    copy.buffer.copy_(packed.buffer)
-    assert all(torch.equal(own, tensor) for own, tensor in zip(copy.tensors, LIKE, strict=True))
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        LIKE,
-        [tensor.to(torch.float64) for tensor in LIKE],  # of another type: converted, as by copy_
-        # As wide as three words, but not where words begin.
-        [torch.arange(25, dtype=torch.uint8)[1:].view(torch.uint8), *LIKE[1:]],
-    ],
-    ids=["as they are", "another type", "beside a word"],
-)
-def test_tensors_are_copied_at_once_whatever_they_are(given: list[Tensor]):
-    like = [given[0] if given[0].dtype == torch.uint8 else LIKE[0], *LIKE[1:]]
-    one, other = (Packed(like, torch.device("cpu")) for _ in range(2))
-    one.fill(given)
-    other.fill_at_once(given)
-    assert one.buffer.any()
-    assert torch.equal(one.buffer, other.buffer)
-
-
-@pytest.mark.usefixtures("pretended")
-def test_a_wrong_call_from_the_host_is_found(monkeypatch: pytest.MonkeyPatch):
-    subject = subject_of("model=tiny", "graphs=manual")
-    assert not built(subject).verdict.wrong
-
-    def late(self: StagedRecording, given: list[Tensor]) -> Tensor:
-        """Replays before the inputs are there."""
-        actions_BCA = self.output.clone()
-        self.replay(given)
-        return actions_BCA
-
-    monkeypatch.setattr(StagedRecording, "replay_from_host", late)
-    [reason] = built(subject).verdict.wrong
-    assert "from host to host declared EXACT, but changed" in reason
 
 
 @pytest.mark.usefixtures("pretended")
@@ -381,20 +281,3 @@ def test_manual_on_a_gpu_counts_its_graph():
     assert counters["graphs/replays_per_call"] == 1
     assert counters["graphs/nodes"] >= counters["graphs/kernels"] > 100
     assert 1 < counters["graphs/replay_us"] < 1e5
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("cameras", ["[true,true,true]", "[true,false,true]"])
-def test_manual_on_a_gpu_copies_once_in_and_once_out(cameras: str):
-    words = ("graphs=manual", "image_masking=skip", f"workload.cameras_present={cameras}")
-    instance = subject_of(*SHALLOW, *words).build(torch.device("cuda", 0), 2, lambda t: None)
-    assert instance.verdict.wrong == []
-    instance.call_host(0)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as recorded:
-        instance.call_host(1)
-    names = [event.name for event in recorded.events()]
-    copies = [name for name in names if name.startswith("Memcpy") and ("HtoD" in name or "DtoH" in name)]
-    assert sorted(copies) == ["Memcpy DtoH (Device -> Pinned)", "Memcpy HtoD (Pinned -> Device)"]
-    assert sum("GraphLaunch" in name for name in names) == 1

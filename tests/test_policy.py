@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, PretendedGraph, built, noise_for, subject_of, tiny_observation, tiny_policy
+from helpers import CPU, built, noise_for, subject_of, tiny_observation, tiny_policy
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_flatten
 from pi0exp.attention.sdpa import Sdpa
 from pi0exp.compile_mode.default import Default
 from pi0exp.errors import UnsupportedError, UserError
-from pi0exp.graphs import capture
 from pi0exp.graphs.capture import Tally
 from pi0exp.graphs.manual import CapturedCall, Manual
 from pi0exp.image_masking.skip import Skip
@@ -61,12 +60,7 @@ def observations() -> list[Observation]:
 # ---- graphs
 
 
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "Graph", PretendedGraph)
-
-
-@pytest.mark.usefixtures("graphs")
+@pytest.mark.usefixtures("pretended")
 @pytest.mark.parametrize("pi05", [False, True])
 @pytest.mark.parametrize(
     "before", [{}, {"image_masking": Skip()}, {"attention": Sdpa()}], ids=["plain", "skip", "sdpa"]
@@ -86,7 +80,7 @@ def test_graphs_are_replayed_only_for_their_structure(pi05: bool, before: dict[s
     assert counters["graphs/capture_s"] > 0
 
 
-@pytest.mark.usefixtures("graphs")
+@pytest.mark.usefixtures("pretended")
 def test_least_recently_used_graph_is_dropped():
     policy = with_options(tiny_policy(), graphs=Manual(max_graphs=2))
     one, two, three = tiny_observation([ALL], [8]), tiny_observation([ALL], [5]), tiny_observation([LAST_ABSENT], [8])
@@ -99,7 +93,7 @@ def test_least_recently_used_graph_is_dropped():
     assert seen == [(1, 1, 0), (2, 2, 0), (2, 2, 0), (3, 2, 1), (3, 2, 1), (4, 2, 2)]
 
 
-@pytest.mark.usefixtures("graphs")
+@pytest.mark.usefixtures("pretended")
 def test_graph_is_keyed_by_the_horizon_too():
     tally = Tally()
     plain, quiet = tiny_policy().plain_call, lambda text: None

@@ -1,0 +1,123 @@
+"""Calls that begin and end on the host: the same actions, by one copy in and one copy out.
+
+Shapes: B batch, C horizon, A action dim.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import built, captured, noise_for, structures, subject_of, tiny_policy
+from torch import Tensor
+
+from pi0exp.graphs.manual import Manual
+from pi0exp.graphs.none import NoGraph
+from pi0exp.graphs.split import Split
+from pi0exp.graphs.staging import Packed, StagedRecording
+from pi0exp.model.observation import scaled
+from pi0exp.option import Option
+
+GIVEN = structures()
+SHALLOW = ("model.vision.depth=2", "model.paligemma.depth=2", "model.expert.depth=2", "model.vocab_size=4096")
+
+
+@pytest.mark.usefixtures("pretended")
+@pytest.mark.parametrize("option", [Manual(), Manual(max_graphs=1), Split(), NoGraph()], ids=repr)
+def test_a_call_from_host_to_host_gives_the_same_actions(option: Option):
+    """Here device and host are the same; that the tensors are copied shows where they are changed afterwards."""
+    plain, policy = tiny_policy(), captured(option)
+    assert policy.staged == isinstance(option, Manual)
+    held = []
+    for given in [*GIVEN, *GIVEN[::-1]]:
+        noise_BCA = noise_for(plain, given)
+        expected_BCA = plain.sample_actions(given, noise_BCA)
+        own = given.with_tensors([tensor.clone() for tensor in given.tensors()])
+        held.append((policy.act(own, noise_BCA), expected_BCA))
+        for tensor in own.tensors():
+            tensor.zero_()
+        assert torch.equal(policy.sample_actions(given, noise_BCA), expected_BCA)
+    assert all(torch.equal(actions_BCA, expected_BCA) for actions_BCA, expected_BCA in held)
+
+
+@pytest.mark.usefixtures("pretended")
+def test_calls_from_the_host_and_from_the_device_share_a_graph():
+    policy = captured(Manual())
+    policy.act(GIVEN[0])
+    policy.sample_actions(GIVEN[1])
+    policy.act(GIVEN[1])
+    assert policy.counters()["graphs/captures"] == 1
+    assert policy.counters()["graphs/replays_per_call"] == 1
+    # Pictures that are scaled already are another structure.
+    images = {name: scaled(image) for name, image in GIVEN[0].images.items()}
+    noise_BCA = noise_for(policy, GIVEN[0])
+    expected_BCA = policy.act(GIVEN[0], noise_BCA)
+    assert torch.equal(policy.act(replace(GIVEN[0], images=images), noise_BCA), expected_BCA)
+    assert policy.counters()["graphs/captures"] == 2
+
+
+LIKE = [torch.arange(3), torch.ones(2, 5, dtype=torch.bool), torch.zeros(1, 0), torch.randn(2, 300)[:, ::2]]
+
+
+def test_packed_tensors_are_apart_and_aligned():
+    packed = Packed(LIKE, torch.device("cpu"))
+    packed.fill(LIKE)
+    for own, tensor in zip(packed.tensors, LIKE, strict=True):
+        assert torch.equal(own, tensor)
+        assert own.is_contiguous()
+        assert own.storage_offset() * own.element_size() % 256 == 0
+    assert packed.buffer.numel() == 256 + 256 + 0 + 1280
+    copy = Packed(LIKE, torch.device("cpu"))
+    copy.buffer.copy_(packed.buffer)
+    assert all(torch.equal(own, tensor) for own, tensor in zip(copy.tensors, LIKE, strict=True))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        LIKE,
+        [tensor.to(torch.float64) for tensor in LIKE],  # of another type: converted, as by copy_
+        # As wide as three words, but not where words begin.
+        [torch.arange(25, dtype=torch.uint8)[1:].view(torch.uint8), *LIKE[1:]],
+    ],
+    ids=["as they are", "another type", "beside a word"],
+)
+def test_tensors_are_copied_at_once_whatever_they_are(given: list[Tensor]):
+    like = [given[0] if given[0].dtype == torch.uint8 else LIKE[0], *LIKE[1:]]
+    one, other = (Packed(like, torch.device("cpu")) for _ in range(2))
+    one.fill(given)
+    other.fill_at_once(given)
+    assert one.buffer.any()
+    assert torch.equal(one.buffer, other.buffer)
+
+
+@pytest.mark.usefixtures("pretended")
+def test_a_wrong_call_from_the_host_is_found(monkeypatch: pytest.MonkeyPatch):
+    subject = subject_of("model=tiny", "graphs=manual")
+    assert not built(subject).verdict.wrong
+
+    def late(self: StagedRecording, given: list[Tensor]) -> Tensor:
+        """Replays before the inputs are there."""
+        actions_BCA = self.output.clone()
+        self.replay(given)
+        return actions_BCA
+
+    monkeypatch.setattr(StagedRecording, "replay_from_host", late)
+    [reason] = built(subject).verdict.wrong
+    assert "from host to host declared EXACT, but changed" in reason
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+@pytest.mark.parametrize("cameras", ["[true,true,true]", "[true,false,true]"])
+def test_manual_on_a_gpu_copies_once_in_and_once_out(cameras: str):
+    words = ("graphs=manual", "image_masking=skip", f"workload.cameras_present={cameras}")
+    instance = subject_of(*SHALLOW, *words).build(torch.device("cuda", 0), 2, lambda t: None)
+    assert instance.verdict.wrong == []
+    instance.call_host(0)
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as recorded:
+        instance.call_host(1)
+    names = [event.name for event in recorded.events()]
+    copies = [name for name in names if name.startswith("Memcpy") and ("HtoD" in name or "DtoH" in name)]
+    assert sorted(copies) == ["Memcpy DtoH (Device -> Pinned)", "Memcpy HtoD (Pinned -> Device)"]
+    assert sum("GraphLaunch" in name for name in names) == 1
