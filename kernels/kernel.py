@@ -74,7 +74,8 @@ class Kernel:
     op: the operator. reference: the shortest true statement of the same maths, same arguments, same result; it computes
     in the widest dtype among its arguments' and float32, and rounds once. libraries: name -> callable with the same
     arguments, a kernel of a library that computes the same and is timed beside it; it raises NotImplementedError for a
-    case that it is not made for.
+    case that it is not made for. interpretable: Triton's interpreter can run it, which it cannot where a kernel is
+    written in Gluon.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Kernel:
     cases: tuple[Case, ...]
     ahead_of_time: tuple[AheadOfTime, ...]
     libraries: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+    interpretable: bool = True
 
 
 def discover() -> dict[str, Kernel]:

@@ -47,9 +47,21 @@ def stream_layers_reference(
     eps: float, slots: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The maths above, by the references of the launches."""
-    T, K = tokens_BTD.shape[1], rooms_LBSMH.shape[3] // 2
     weights = unpack(Weights(qkv_LCD, out_LDK, gate_up_LCD, down_LDF), rooms_LBSMH.shape[4])
-    x, xs, squares = stream_begin_reference(tokens_BTD, scales_ND[0], qkv_LCD)
+    return layers_reference(
+        tokens_BTD, weights, scales_ND, gates_ND, qkv_offsets_LC, gate_up_offsets_LC, cos_BT1H, sin_BT1H, rooms_LBSMH,
+        start, keys_BS, blind, scale, settled, eps, slots,
+    )  # fmt: skip
+
+
+def layers_reference(
+    tokens_BTD: Tensor, weights: Weights, scales_ND: Tensor, gates_ND: Tensor | None, qkv_offsets_LC: Tensor | None,
+    gate_up_offsets_LC: Tensor | None, cos_BT1H: Tensor, sin_BT1H: Tensor, rooms_LBSMH: Tensor, start: int,
+    keys_BS: Tensor | None, blind: bool, scale: float, settled: int, eps: float, slots: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same with weights as they are."""
+    T, K = tokens_BTD.shape[1], rooms_LBSMH.shape[3] // 2
+    x, xs, squares = stream_begin_reference(tokens_BTD, scales_ND[0], weights.qkv_LCD)
 
     def of(table: Tensor | None, row: int) -> Tensor | None:
         return None if table is None else table[row]
@@ -273,9 +285,10 @@ def stream_layers(
         qkv_offsets_ptr=qkv_offsets_LC, gate_up_offsets_ptr=gate_up_offsets_LC, cos_ptr=cos_BT1H, sin_ptr=sin_BT1H,
         rooms_ptr=rooms_LBSMH, keys_ptr=slots if keys_BS is None else keys_BS, q_ptr=q, acc_ptr=acc, stats_ptr=stats,
         mixed_ptr=mixed, hidden_ptr=hidden, slots_ptr=slots, M=T, start=start, settled=settled, parts=parts, L=L,
-        scale=scale, eps=eps, scales_N=scales_ND.stride(0), gates_N=_stride(gates_ND),
-        qkv_offsets_L=_stride(qkv_offsets_LC), gate_up_offsets_L=_stride(gate_up_offsets_LC), cos_T=cos_BT1H.stride(1),
-        sin_T=sin_BT1H.stride(1), rooms_L=rooms_LBSMH.stride(0), rooms_S=rooms_LBSMH.stride(2),
+        scale=scale, eps=eps, scales_N=scales_ND.stride(0), gates_N=row_stride(gates_ND),
+        qkv_offsets_L=row_stride(qkv_offsets_LC), gate_up_offsets_L=row_stride(gate_up_offsets_LC),
+        cos_T=cos_BT1H.stride(1), sin_T=sin_BT1H.stride(1), rooms_L=rooms_LBSMH.stride(0),
+        rooms_S=rooms_LBSMH.stride(2),
         D=D, HEADS=N, HEADS_KV=K, H=H, F=F, **constants, PARTS=triton.next_power_of_2(parts), PROGRAMS=programs,
         MASKED=keys_BS is not None, BLIND=blind, HIDDEN=HIDDEN, UPCAST=INTERPRETED, num_warps=constants["G"],
         num_stages=1, **({} if INTERPRETED else {"launch_cooperative_grid": True}),
@@ -283,7 +296,7 @@ def stream_layers(
     return end, squares
 
 
-def _stride(table: Tensor | None) -> int:
+def row_stride(table: Tensor | None) -> int:
     return 0 if table is None else table.stride(0)
 
 

@@ -212,6 +212,12 @@ CLASHES = [
     (["image_masking=ignore"], []),
     (["fusion.persistent=true"], []),
     (["fusion.persistent=true", "fusion.blocks=false"], ["fusion: persistent needs fusion.blocks"]),
+    (["fusion.persistent=true", "fusion.ring=true"], []),
+    (["fusion.ring=true"], ["fusion: ring needs fusion.persistent"]),
+    (
+        ["fusion.persistent=true", "fusion.ring=true", "precision=fp32"],
+        ["fusion: ring needs weights in bf16: precision must not be fp32"],
+    ),
     (["fusion.qkv=false"], ["fusion: blocks needs fusion.qkv"]),
     (["fusion.gate_up=false"], ["fusion: blocks needs fusion.gate_up"]),
     (["fusion.rewrites.hoist_modulations=false"], ["fusion: blocks needs fusion.rewrites.hoist_modulations"]),
@@ -244,6 +250,7 @@ def test_the_stack_has_all_exact_rewrites():
     assert left_out == {"fold_norms", "fold_q_scale"}
     assert r"stream_(qkv|layers)|attend_combine" in option.proofs()
     assert config.stack(plain_config("stack=10_persistent")).fusion == replace(option, persistent=True)
+    assert config.stack(plain_config("stack=11_ring")).fusion == replace(option, persistent=True, ring=True)
 
 
 def test_options_for_all_stages_leave_its_stage_alone():

@@ -47,9 +47,10 @@ def test_any_observation(group: int):
     check_observations(group, "stack=9_blocks", horizons=50, batches=4)
 
 
+@pytest.mark.parametrize("stack", ["10_persistent", "11_ring"])
 @pytest.mark.parametrize("group", range(GROUPS, GROUPS + 6))
-def test_any_observation_in_one_launch(group: int):
-    check_observations(group, "stack=10_persistent", horizons=15, batches=1)
+def test_any_observation_in_one_launch(stack: str, group: int):
+    check_observations(group, f"stack={stack}", horizons=15, batches=1)
 
 
 def check_observations(group: int, stack: str, horizons: int, batches: int) -> None:
@@ -76,7 +77,8 @@ def check_observations(group: int, stack: str, horizons: int, batches: int) -> N
 
 @pytest.mark.parametrize("model", ["pi0", "pi05"])
 @pytest.mark.parametrize(
-    ("stack", "horizon"), [("9_blocks", 10), ("9_blocks", 50), ("10_persistent", 10), ("10_persistent", 50)]
+    ("stack", "horizon"),
+    [("9_blocks", 10), ("9_blocks", 50), ("10_persistent", 10), ("10_persistent", 50), ("11_ring", 10), ("11_ring", 50)],
 )
 def test_verified(model: str, stack: str, horizon: int):
     for workload in ("default", "masked"):

@@ -50,6 +50,7 @@ def clashes(fusion: "Fusion", stack: "Stack") -> list[str]:
     from pi0exp.gemm.blas import Blas
     from pi0exp.image_masking.ignore import Ignore, Steps
     from pi0exp.precision.fp8 import Fp8
+    from pi0exp.precision.fp32 import Fp32
 
     reasons = [
         f"blocks needs fusion.{name}"
@@ -69,6 +70,8 @@ def clashes(fusion: "Fusion", stack: "Stack") -> list[str]:
         reasons.append(f"{alone} compile_mode.denoise must be none")
     if isinstance(stack.precision, Fp8) and "denoise" in stack.precision.stages():
         reasons.append(f"{alone} precision=fp8 must keep denoise in bf16 (precision.keep=[denoise])")
+    if fusion.ring and isinstance(stack.precision, Fp32):
+        reasons.append("ring needs weights in bf16: precision must not be fp32")
     if isinstance(stack.image_masking, Ignore) and stack.image_masking.steps is Steps.causal:
         reasons.append("blocks has no causal mask: image_masking.steps must be all")
     return reasons
@@ -84,8 +87,9 @@ def fill_blocks(policy: Policy, fusion: "Fusion") -> None:
     if policy.model.config.pi05:
         tabulate_offsets(policy)
     counters = torch.zeros(COUNTERS, dtype=torch.int32, device=policy.device)
-    layers = Layers(policy.model.expert, torch.zeros_like(counters)) if fusion.persistent else None
-    first = "all layers in one launch, up to 16 rows of one observation; else " if fusion.persistent else ""
+    layers = Layers(policy.model.expert, torch.zeros_like(counters), fusion.ring) if fusion.persistent else None
+    weights = ", weights through a ring" if fusion.ring else ""
+    first = f"all layers in one launch{weights}, up to 16 rows of one observation; else " if fusion.persistent else ""
     stream = Stream(counters, STREAMED, layers)
     policy.fill_model("step", stream.step, f"{first}a stream of kernels, up to {STREAMED} rows")
     attend = partial(triton_attend, op=attend_split)

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pi0exp.config import Stack
 
 HOPPER = Requires(vendors=("nvidia",), archs=("sm_90",))
-"""What `persistent` was written for and tried on: a cooperative launch, and the lanes of its matrix instruction."""
+"""What `persistent` and `ring` were written for and tried on: a cooperative launch, the lanes of its matrix
+instruction, and its copy engine."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Fusion(Option):
     activation as one Triton kernel. rope: split, rotation and the write into the cache as one Triton kernel. blocks:
     the denoising step as a chain of hand-fused Triton kernels, five a layer. persistent: with blocks, all layers of a
     step in one launch, whose programs meet after each phase (at most 16 rows of one observation, on sm_90; the expert's
-    weights are kept a second time, in the order of its reads).
+    weights are kept a second time, in the order of its reads). ring: with persistent, those weights flow through a ring
+    in shared memory, ahead of the phases and across their meetings (bf16).
     """
 
     qkv: bool = False
@@ -40,6 +42,7 @@ class Fusion(Option):
     rope: bool = False
     blocks: bool = False
     persistent: bool = False
+    ring: bool = False
     rewrites: Rewrites = field(default_factory=Rewrites)
 
     @property
@@ -68,6 +71,8 @@ class Fusion(Option):
     def clashes(self, stack: "Stack") -> list[str]:
         if self.persistent and not self.blocks:
             return ["persistent needs fusion.blocks"]
+        if self.ring and not self.persistent:
+            return ["ring needs fusion.persistent"]
         return blocks.clashes(self, stack) if self.blocks else []
 
     def apply(self, policy: Policy) -> None:

@@ -1,11 +1,12 @@
 """All layers of a denoising step in one launch: `fusion.persistent`; the chain of `fusion.blocks` has five a layer.
 
-The launch itself is `pi0exp.kernels.stream_layers`; here are its arguments. Shapes: B batch, T suffix tokens, D width,
+The launch itself is `pi0exp.kernels.stream_layers`, with `fusion.ring` `pi0exp.kernels.stream_ring`; here are its
+arguments. Shapes: B batch, T suffix tokens, D width,
 L layers, R rows of a cache's room, K key/value heads, H head dim.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch import Tensor
 from pi0exp.errors import UnsupportedError
 from pi0exp.model.gemma import Gemma, GemmaBlock, LayerCache, Rotation
 from pi0exp.model.mask import Mask
+
+if TYPE_CHECKING:
+    from pi0exp.kernels.stream_pack import Weights
 
 
 class Tables(NamedTuple):
@@ -30,8 +34,8 @@ class Tables(NamedTuple):
 class Layers:
     """The expert's layers, their weights in the order of the kernel (once more as large as they are)."""
 
-    def __init__(self, expert: Gemma, slots: Tensor):
-        from pi0exp.kernels.stream_pack import Weights, pack, unfit
+    def __init__(self, expert: Gemma, slots: Tensor, ring: bool):
+        from pi0exp.kernels.stream_pack import Weights
 
         self.blocks = cast(list[GemmaBlock], list(expert.blocks))
         self.slots, self.eps = slots, self.blocks[0].norm1.eps
@@ -41,10 +45,8 @@ class Layers:
             torch.stack([block.mlp.gate_up.weight for block in self.blocks]),
             torch.stack([block.mlp.down.weight for block in self.blocks]),
         )
-        (_, width, heads), head_dim = weights.out_LDK.shape, self.blocks[0].attention.head_dim
-        if why := unfit(width, head_dim, weights.down_LDF.shape[2], heads // head_dim):
-            raise UnsupportedError(f"persistent: {why}")
-        self.weights = pack(weights, head_dim)
+        self.sizes = [weight.shape[1] for weight in (weights.qkv_LCD, weights.gate_up_LCD)]
+        self.launch = (through_a_ring if ring else in_registers)(weights, self.blocks[0].attention.head_dim)
         norms = [norm for block in self.blocks for norm in (block.norm1, block.norm2)]
         own = [getattr(norm, "weight", None) for norm in (*norms, expert.norm)]
         self.own = None if None in own else Tables(torch.stack(cast(list[Tensor], own)), None, None, None)
@@ -60,11 +62,11 @@ class Layers:
         if cond is None:
             assert self.own is not None
             return self.own
-        (L, qkv, width), gate_up = self.weights.qkv_LCD.shape, self.weights.gate_up_LCD.shape[1]
-        modulations, offsets = cond.split([(L + 1) * 2 * 3 * width, L * (qkv + gate_up)])
+        L, width = len(self.blocks), self.blocks[0].mlp.down.weight.shape[0]
+        modulations, offsets = cond.split([(L + 1) * 2 * 3 * width, L * sum(self.sizes)])
         scales, _, gates = modulations.view(-1, 3, width).unbind(1)
         # The final norm has two places in the row and stands in the first; it gates nothing.
-        return Tables(scales[:-1], gates[:-2], *offsets.view(L, -1).split([qkv, gate_up], dim=1))
+        return Tables(scales[:-1], gates[:-2], *offsets.view(L, -1).split(self.sizes, dim=1))
 
     def __call__(
         self, tokens_BTD: Tensor, cond: Tensor | None, rotation: Rotation, mask: Mask, cache: Sequence[LayerCache],
@@ -74,16 +76,39 @@ class Layers:
 
         cond: of `Pi0.embed_suffix`. settled: rows of the cache that were complete before this step and the one before.
         """
-        from pi0exp.kernels.stream_layers import stream_layers
-
         assert not mask.causal, "image_masking=ignore refuses the blocks beside steps=causal"
         start, scale = cache[0].k_BSKH.shape[1], self.blocks[0].attention.scale
         keys_BS = None if mask.full else mask.keys_BS
-        end, squares = stream_layers(
-            tokens_BTD.contiguous(), *self.weights, *self.tables(cond), *rotation, one_room(cache), start, keys_BS,
-            mask.blind, scale, settled, self.eps, self.slots,
+        return self.launch(
+            tokens_BTD.contiguous(), *self.tables(cond), *rotation, one_room(cache), start, keys_BS, mask.blind, scale,
+            settled, self.eps, self.slots,
         )  # fmt: skip
-        return end, squares
+
+
+Launch = Callable[..., tuple[Tensor, Tensor]]
+
+
+def in_registers(weights: "Weights", head_dim: int) -> Launch:
+    """`stream_layers` with these weights, packed. Raises UnsupportedError where it cannot take them."""
+    from pi0exp.kernels.stream_layers import stream_layers
+    from pi0exp.kernels.stream_pack import pack, unfit
+
+    (_, width, heads), hidden = weights.out_LDK.shape, weights.down_LDF.shape[2]
+    if why := unfit(width, head_dim, hidden, heads // head_dim):
+        raise UnsupportedError(f"persistent: {why}")
+    packed = pack(weights, head_dim)
+    return lambda tokens_BTD, *rest: stream_layers(tokens_BTD, *packed, *rest)
+
+
+def through_a_ring(weights: "Weights", head_dim: int) -> Launch:
+    """`stream_ring` likewise."""
+    from pi0exp.kernels.stream_ring import misfit, packed_ring, stream_ring
+
+    (_, width, heads), hidden = weights.out_LDK.shape, weights.down_LDF.shape[2]
+    if why := misfit(width, head_dim, hidden, heads // head_dim, weights.qkv_LCD.shape[1] // head_dim):
+        raise UnsupportedError(f"ring: {why}")
+    packed = packed_ring(weights, head_dim)
+    return lambda tokens_BTD, *rest: stream_ring(tokens_BTD, packed, *rest)
 
 
 def one_room(cache: Sequence[LayerCache]) -> Tensor:

@@ -1,0 +1,89 @@
+"""The weights of a denoising step in the order in which the programs of `stream_ring` take them: a row of chunks each.
+
+A chunk is 16 KB: so many rows of a tile, and so much of K, that all warps have 16 bytes a lane of it four times, in the
+order of `stream_pack`. A program's chunks of a layer are those of its tiles of w_qkv, w_out, w_gate_up, in which gate
+and up take turns, and w_down.
+
+Shapes: L layers, P programs, C rows of w_qkv, D width of the residual stream, K = N H width of the heads, F hidden
+width.
+"""
+
+from itertools import accumulate, pairwise
+
+import torch
+import triton
+from torch import Tensor
+
+from pi0exp.kernels.kernel import require
+from pi0exp.kernels.ring import CHUNK_ROWS, CHUNK_WIDTH, G
+from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, PAIRS, Weights, packed_tiles
+
+BK_D, BK_OUT, BK_F, BN = 32, 128, 128, 64
+"""Of K that a warp takes at a time, so that G warps and a tile's rows make a chunk; keys of a block."""
+
+
+def packed_ring(weights: Weights, H: int) -> Tensor:
+    """The chunks of all programs and layers, [L, P, CHUNKS, values], each program's in the order in which it takes.
+
+    Raises ValueError where the widths do not fit, see `misfit`.
+    """
+    (L, C, D), K, F = weights.qkv_LCD.shape, weights.out_LDK.shape[2], weights.down_LDF.shape[2]
+    require(not (why := misfit(D, H, F, K // H, C // H)), why)
+    pairs, hidden, groups, P = PAIRS.value, HIDDEN_COLUMNS.value, G.value, D // COLUMNS.value
+    qkv = weights.qkv_LCD.view(L, C // H, 2, H // 2 // pairs, pairs, D).transpose(2, 3).reshape(L, C, D)
+    gate_up = weights.gate_up_LCD.view(L, 2, P, hidden, D).transpose(1, 2).reshape(L, 2 * F, D)
+    size = CHUNK_ROWS.value * CHUNK_WIDTH.value
+    of_qkv = packed_tiles(qkv, 2 * pairs, groups, BK_D).view(L, -1, D // (groups * BK_D), size)
+    # Gate and up of a step of K stand one behind the other.
+    of_gate_up = packed_tiles(gate_up, hidden, groups, BK_D).view(L, P, 2, -1, size).transpose(2, 3).flatten(2, 3)
+    return torch.cat(
+        [
+            torch.nn.functional.pad(of_qkv, (0, 0, 0, 0, 0, P - of_qkv.shape[1])),
+            packed_tiles(weights.out_LDK, COLUMNS.value, groups, BK_OUT).view(L, P, -1, size),
+            of_gate_up,
+            packed_tiles(weights.down_LDF, COLUMNS.value, groups, BK_F).view(L, P, -1, size),
+        ],
+        dim=2,
+    )
+
+
+def query_heads(D: int, P: int, chunks: int, H: int) -> int:
+    """Of a model whose programs have so many chunks of a layer: those of w_out tell."""
+    groups, F = G.value, HIDDEN_COLUMNS.value * P
+    of_out = chunks - 3 * D // (groups * BK_D) - F // (groups * BK_F)
+    return of_out * groups * BK_OUT // H
+
+
+def unpacked_ring(weights_LPCV: Tensor, D: int, H: int, C: int) -> Weights:
+    """The weights as `packed_ring` was given them; C: rows of w_qkv."""
+    L, P, chunks, _ = weights_LPCV.shape
+    F, K = HIDDEN_COLUMNS.value * P, query_heads(D, P, chunks, H) * H
+    found = [weights_LPCV.new_empty((L, *size)) for size in ((C, D), (D, K), (2 * F, D), (D, F))]
+    # Where each value of a layer went; 0 is what stands where a program has no tile.
+    counts = [0, *accumulate(weight[0].numel() for weight in found)]
+    numbers = [
+        torch.arange(first + 1, last + 1, device=weights_LPCV.device).view(1, *weight.shape[1:])
+        for weight, (first, last) in zip(found, pairwise(counts), strict=True)
+    ]
+    places = packed_ring(Weights(*numbers), H).flatten()
+    for layer, packed in enumerate(weights_LPCV):
+        plain = packed.new_empty(counts[-1] + 1)
+        plain[places] = packed.flatten()
+        for weight, (first, last) in zip(found, pairwise(counts), strict=True):
+            weight[layer] = plain[first + 1 : last + 1].view(weight.shape[1:])
+    return Weights(*found)
+
+
+def misfit(D: int, H: int, F: int, N: int, heads: int) -> str:
+    """Why the kernel cannot take a model of these widths, with so many heads of q, k and v; "" if it can."""
+    groups = G.value
+    odd = [f"{name} = {size}" for name, size, unit in (
+        ("D", D, groups * BK_D), ("N H", N * H, groups * BK_OUT), ("F", F, groups * BK_F)
+    ) if size % unit]  # fmt: skip
+    if odd:
+        return f"{' and '.join(odd)}: no multiple of what {groups} warps take at a time"
+    if D // COLUMNS.value != F // HIDDEN_COLUMNS.value:
+        return f"F = {F} is not {HIDDEN_COLUMNS.value // COLUMNS.value} D: programs would have unlike tiles"
+    if heads * H // (2 * PAIRS.value) > D // COLUMNS.value:
+        return f"{heads} heads of {H} have more tiles than there are programs"
+    return "" if triton.next_power_of_2(H) == H and H >= 256 else f"a head dim of {H} is no power of two from 256 on"

@@ -1,0 +1,213 @@
+"""The phases of a layer in the persistent kernel with a ring (`stream_ring`), as those of `stream_phases`.
+
+Shapes: M rows (at most ROWS), D width of the residual stream, N query heads, H head dim; in a kernel M is ROWS.
+"""
+
+from typing import Any  # noqa: F401 (in comments for the checker: Gluon takes no annotated variables)
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from pi0exp.kernels.ring import (
+    CACHE,
+    PRODUCT,
+    ROWS,
+    SCORES,
+    SCORES_LEFT,
+    SCORES_RIGHT,
+    SQUARES,
+    SUMS_32,
+    SUMS_PAIRS,
+    TILE_8,
+    TILE_16,
+    TILE_32,
+    G,
+    all_rows,
+    place,
+    take,
+)  # fmt: skip
+from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, MIXED, PAIRS
+
+
+@gluon.jit
+def inverse_rms(squares_ptr, M, D, eps, TILES: gl.constexpr):
+    """1 / rms of the rows, whose sums of squares are [TILES, M]."""
+    t_T = gl.arange(0, TILES, layout=gl.SliceLayout(0, SQUARES))
+    m_M = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SQUARES))
+    inside = (m_M < M)[:, None] & (t_T >= 0)[None, :]
+    squares = gl.load(squares_ptr + t_T[None, :] * M + m_M[:, None], mask=inside, other=0.0, cache_modifier=".cg")
+    return gl.rsqrt(gl.sum(squares, axis=1) / D + gl.cast(eps, gl.float32))
+
+
+@gluon.jit
+def project(
+    xs_ptr, ring, ready, taken, tile, squares_ptr, offset_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, M, start, eps,
+    cos_T, sin_T, k_S, v_S,
+    D: gl.constexpr, HEADS: gl.constexpr, HEADS_KV: gl.constexpr, H: gl.constexpr, BK: gl.constexpr,
+    TILES: gl.constexpr,
+):  # fmt: skip
+    """PAIRS pairs of one head: product, norm, rotation, and the way to q, k or v."""
+    HALF: gl.constexpr = H // 2
+    x = all_rows(xs_ptr, M, D, BK)
+    by_row = inverse_rms(squares_ptr, M, D, eps, TILES)
+    acc = gl.zeros([G, ROWS, 2 * PAIRS], gl.float32, layout=PRODUCT)
+    for step in gl.static_range(D // (G * BK)):
+        acc = mma_v2(x[step], take(ring, ready, taken + step, 2 * PAIRS, BK), acc)
+    acc = gl.reshape(gl.permute(acc, [1, 2, 0]), [ROWS, 2, PAIRS, G])
+    z = gl.sum(gl.convert_layout(gl.permute(acc, [0, 2, 1, 3]), SUMS_PAIRS), axis=3)
+    low, high = gl.split(z)
+    low, high = gl.convert_layout(low, TILE_16), gl.convert_layout(high, TILE_16)
+    by_row = gl.convert_layout(by_row, gl.SliceLayout(1, TILE_16))
+    head = tile // (HALF // PAIRS)
+    d_1P = ((tile % (HALF // PAIRS)) * PAIRS + gl.arange(0, PAIRS, layout=gl.SliceLayout(0, TILE_16)))[None, :]
+    m_M1 = gl.arange(0, ROWS, layout=gl.SliceLayout(1, TILE_16))[:, None]
+    inside = (m_M1 < M) & (d_1P < HALF)
+    low, high = low * by_row[:, None], high * by_row[:, None]
+    if offset_ptr is not None:
+        low += gl.load(offset_ptr + head * H + d_1P)
+        high += gl.load(offset_ptr + head * H + HALF + d_1P)
+    if head < HEADS + HEADS_KV:
+        cos = gl.load(cos_ptr + m_M1 * cos_T + d_1P, mask=inside, other=0.0).to(gl.float32)
+        sin = gl.load(sin_ptr + m_M1 * sin_T + d_1P, mask=inside, other=0.0).to(gl.float32)
+        low, high = low * cos - high * sin, high * cos + low * sin
+    kind = q_ptr.dtype.element_ty
+    if head < HEADS:
+        to = q_ptr + (m_M1 * HEADS + head) * H + d_1P
+    elif head < HEADS + HEADS_KV:
+        to = k_ptr + (start + m_M1) * k_S + (head - HEADS) * H + d_1P
+    else:
+        to = v_ptr + (start + m_M1) * v_S + (head - HEADS - HEADS_KV) * H + d_1P
+    gl.store(to, low.to(kind), mask=inside)
+    gl.store(to + HALF, high.to(kind), mask=inside)
+
+
+@gluon.jit
+def block_of(at_ptr, first, begin, end, stride, head_kv, H: gl.constexpr, BN: gl.constexpr):
+    """BN rows of the keys or values from `first` on, those from `begin` to `end`; others are zeros."""
+    key = first + gl.arange(0, BN, layout=gl.SliceLayout(1, CACHE))
+    h = gl.arange(0, H, layout=gl.SliceLayout(0, CACHE))
+    inside = (((key >= begin) & (key < end))[:, None]) & (h >= 0)[None, :]
+    return gl.load(
+        at_ptr + head_kv * H + key[:, None] * stride + h[None, :], mask=inside, other=0.0, cache_modifier=".cg"
+    )
+
+
+@gluon.jit
+def attend(
+    q_ptr, k, v, keys_ptr, acc_ptr, stats_ptr, item, parts, M, S, scale,
+    HEADS: gl.constexpr, H: gl.constexpr, BN: gl.constexpr, MASKED: gl.constexpr, BLIND: gl.constexpr,
+    HIDDEN: gl.constexpr,
+):  # fmt: skip
+    """One head's rows against one block of BN keys. acc: [HEADS, parts, ROWS, H]; stats: [HEADS, 2, parts, ROWS]."""
+    head, part = item // parts, item % parts
+    m_M = gl.arange(0, ROWS, layout=gl.SliceLayout(1, CACHE))
+    h = gl.arange(0, H, layout=gl.SliceLayout(0, CACHE))
+    inside = (m_M < M)[:, None] & (h >= 0)[None, :]
+    q = gl.load(q_ptr + (m_M[:, None] * HEADS + head) * H + h[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+    q = gl.convert_layout(q, SCORES_LEFT)
+    k = gl.convert_layout(gl.permute(k, [1, 0]), SCORES_RIGHT)
+    scores = mma_v2(q, k, gl.zeros([ROWS, BN], gl.float32, layout=SCORES))
+    scores *= gl.cast(scale, gl.float32) * 1.4426950408889634
+    m_M = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
+    key = part * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, SCORES))
+    if MASKED:
+        seen = gl.load(keys_ptr + key, mask=key < S, other=0).to(gl.int1)
+        scores = gl.where(seen[None, :], scores, HIDDEN)
+    if BLIND:
+        scores = gl.where((m_M == 0)[:, None] & (key > S - M)[None, :], HIDDEN, scores)
+    scores = gl.where((key < S)[None, :], scores, float("-inf"))  # not HIDDEN: these are no keys at all
+    largest = gl.max(scores, 1)
+    probs = gl.exp2(scores - largest[:, None])
+    total = gl.sum(probs, 1)
+    probs = gl.convert_layout(probs.to(gl.bfloat16), SCORES_LEFT)
+    acc = mma_v2(probs, gl.convert_layout(v, SCORES_RIGHT), gl.zeros([ROWS, H], gl.float32, layout=SCORES))
+    h = gl.arange(0, H, layout=gl.SliceLayout(0, SCORES))
+    gl.store(acc_ptr + ((head * parts + part) * ROWS + m_M[:, None]) * H + h[None, :], acc)
+    gl.store(stats_ptr + (head * 2 * parts + part) * ROWS + m_M, largest)
+    gl.store(stats_ptr + (head * 2 * parts + parts + part) * ROWS + m_M, total)
+
+
+@gluon.jit
+def mix(
+    acc_ptr, stats_ptr, mixed_ptr, item, parts, HEADS: gl.constexpr, H: gl.constexpr, PARTS: gl.constexpr,
+    BK: gl.constexpr,
+):  # fmt: skip
+    """MIXED columns of one head from all its parts, weighed in the order of the keys. PARTS: at least `parts`."""
+    head = item // (H // MIXED)
+    c = (item % (H // MIXED)) * MIXED + gl.arange(0, MIXED, layout=gl.SliceLayout(0, TILE_16))[None, :]
+    m_M1 = gl.arange(0, ROWS, layout=gl.SliceLayout(1, TILE_16))[:, None]
+    # A part after the other, so that each thread has its values of all of them, and none waits for another's.
+    largest = ()  # type: Any
+    totals = ()  # type: Any
+    accs = ()  # type: Any
+    for part in gl.static_range(PARTS):
+        there = m_M1 < gl.where(part < parts, ROWS, 0)
+        at = stats_ptr + (head * 2 * parts + part) * ROWS + m_M1
+        largest = largest + (gl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg"),)  # noqa: RUF005
+        totals = totals + (gl.load(at + parts * ROWS, mask=there, other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
+        at = acc_ptr + ((head * parts + part) * ROWS + m_M1) * H + c
+        accs = accs + (gl.load(at, mask=there & (c >= 0), other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
+    top = largest[0]
+    for part in gl.static_range(1, PARTS):
+        top = gl.maximum(top, largest[part])
+    total = gl.zeros([ROWS, 1], gl.float32, layout=TILE_16)
+    out = gl.zeros([ROWS, MIXED], gl.float32, layout=TILE_16)
+    for part in gl.static_range(PARTS):
+        weight = gl.exp2(largest[part] - top)
+        total += totals[part] * weight
+        out += accs[part] * weight
+    out = out / total
+    gl.store(mixed_ptr + place(m_M1, head * H + c, BK), out.to(mixed_ptr.dtype.element_ty))
+
+
+@gluon.jit
+def add(
+    branch, tile, gate_ptr, from_ptr, scale_ptr, x_ptr, xs_ptr, out_ptr, squares_ptr, M, ending,
+    D: gl.constexpr, BK: gl.constexpr,
+):  # fmt: skip
+    """COLUMNS columns of the residual stream: gate, sum, and what the norm to come needs, as in `stream_residual`.
+
+    branch: in TILE_8. ending: rows of xs that also go to out, [M, D]: 0 or all.
+    """
+    m_M = gl.arange(0, ROWS, layout=gl.SliceLayout(1, TILE_8))
+    n_1N = (tile * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, TILE_8)))[None, :]
+    inside = (m_M < M)[:, None] & (n_1N < D)
+    at = m_M[:, None] * D + n_1N
+    if gate_ptr is not None:
+        branch *= gl.load(gate_ptr + n_1N).to(gl.float32)
+    kind = x_ptr.dtype.element_ty
+    x = gl.where(inside, branch + gl.load(from_ptr + at, mask=inside, other=0.0).to(gl.float32), 0.0)
+    rounded = x.to(kind)
+    gl.store(x_ptr + at, rounded, mask=inside)
+    scale = 1.0 + gl.load(scale_ptr + n_1N).to(gl.float32)
+    xs = (rounded.to(gl.float32) * scale).to(kind)
+    gl.store(xs_ptr + place(m_M[:, None], n_1N, BK), xs)
+    gl.store(out_ptr + at, xs, mask=inside & (m_M < ending)[:, None])
+    gl.store(squares_ptr + tile * M + m_M, gl.sum(x * x, axis=1), mask=m_M < M)
+
+
+@gluon.jit
+def hide(
+    xs_ptr, ring, ready, taken, tile, squares_ptr, offset_ptr, hidden_ptr, M, eps,
+    D: gl.constexpr, F: gl.constexpr, BK: gl.constexpr, BK_F: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    """HIDDEN_COLUMNS columns of gelu_tanh(gate) * up: product, norm, activation. Chunks of gate and up take turns."""
+    x = all_rows(xs_ptr, M, D, BK)
+    by_row = gl.convert_layout(inverse_rms(squares_ptr, M, D, eps, TILES), gl.SliceLayout(1, TILE_32))
+    gated = gl.zeros([G, ROWS, HIDDEN_COLUMNS], gl.float32, layout=PRODUCT)
+    up = gl.zeros([G, ROWS, HIDDEN_COLUMNS], gl.float32, layout=PRODUCT)
+    for step in gl.static_range(D // (G * BK)):
+        gated = mma_v2(x[step], take(ring, ready, taken + 2 * step, HIDDEN_COLUMNS, BK), gated)
+        up = mma_v2(x[step], take(ring, ready, taken + 2 * step + 1, HIDDEN_COLUMNS, BK), up)
+    gated = gl.convert_layout(gl.sum(gl.convert_layout(gl.permute(gated, [1, 2, 0]), SUMS_32), axis=2), TILE_32)
+    up = gl.convert_layout(gl.sum(gl.convert_layout(gl.permute(up, [1, 2, 0]), SUMS_32), axis=2), TILE_32)
+    gated, up = gated * by_row[:, None], up * by_row[:, None]
+    m_M1 = gl.arange(0, ROWS, layout=gl.SliceLayout(1, TILE_32))[:, None]
+    n_1N = (tile * HIDDEN_COLUMNS + gl.arange(0, HIDDEN_COLUMNS, layout=gl.SliceLayout(0, TILE_32)))[None, :]
+    if offset_ptr is not None:
+        gated += gl.load(offset_ptr + n_1N)
+        up += gl.load(offset_ptr + F + n_1N)
+    # 0.5 (1 + tanh(u)) is sigmoid(2 u), as in `gemm_epilogue.activate`.
+    gated = gated / (1.0 + gl.exp(-1.5957691216057308 * (gated + 0.044715 * gated * gated * gated)))
+    gl.store(hidden_ptr + place(m_M1, n_1N, BK_F), (gated * up).to(hidden_ptr.dtype.element_ty))

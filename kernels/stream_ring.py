@@ -1,0 +1,299 @@
+"""All layers of a denoising step in one launch, whose weights flow through a ring in shared memory.
+
+The maths, the phases and their meetings are those of `stream_layers`. There a program reads its weights into registers
+between coming to a meeting and being let through, and waits behind it for what has not arrived: 10 of the 28 us of a
+layer. Here each program has the chunks of its weights, 16 KB each, in one row in memory, in the order in which it takes
+them, and the GPU's copy engine brings them into a ring of SLOTS chunks. What was multiplied makes room for what comes
+SLOTS chunks later, up to two thirds of a layer ahead, across all meetings: the memory is never waited for as long as
+the phases take longer than their weights.
+
+One program a tile: D / COLUMNS = F / HIDDEN_COLUMNS programs, all at once. For one observation, at most ROWS rows, in
+bf16, on NVIDIA GPUs from Hopper on. It is written in Gluon, which no interpreter runs: off such a GPU only its
+compilation is tested.
+
+Shapes: T rows, D width, L layers, C = (N + 2 K) H rows of w_qkv, N query heads, K key/value heads, H head dim, F hidden
+width, S rows of the cache, P programs.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from pi0exp.kernels.attention import HIDDEN
+from pi0exp.kernels.kernel import AheadOfTime, Kernel, require
+from pi0exp.kernels.ring import (
+    CHUNK_ROWS,
+    CHUNK_WIDTH,
+    RING,
+    ROWS,
+    SLOTS,
+    TILE_8,
+    G,
+    ask,
+    barrier,
+    come,
+    leave,
+    meet,
+    narrow_product,
+)  # fmt: skip
+from pi0exp.kernels.ring_pack import BK_D, BK_F, BK_OUT, BN, misfit, packed_ring, query_heads, unpacked_ring
+from pi0exp.kernels.ring_phases import add, attend, block_of, hide, mix, project
+from pi0exp.kernels.skinny_gemm import check_counters
+from pi0exp.kernels.stream_layers import PHASES, layers_reference, row_stride
+from pi0exp.kernels.stream_layers_cases import PI0, SIZES, case, types_of
+from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, MIXED, PAIRS, Weights
+
+
+def stream_ring_reference(
+    tokens_BTD: Tensor, weights_LPCV: Tensor, scales_ND: Tensor, gates_ND: Tensor | None,
+    qkv_offsets_LC: Tensor | None, gate_up_offsets_LC: Tensor | None, cos_BT1H: Tensor, sin_BT1H: Tensor,
+    rooms_LBSMH: Tensor, start: int, keys_BS: Tensor | None, blind: bool, scale: float, settled: int, eps: float,
+    slots: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The maths of `stream_layers`, by the references of its launches."""
+    (*_, D), (*_, heads, H) = tokens_BTD.shape, rooms_LBSMH.shape
+    N = query_heads(D, weights_LPCV.shape[1], weights_LPCV.shape[2], H)
+    weights = unpacked_ring(weights_LPCV, D, H, (N + heads) * H)
+    return layers_reference(
+        tokens_BTD, weights, scales_ND, gates_ND, qkv_offsets_LC, gate_up_offsets_LC, cos_BT1H, sin_BT1H, rooms_LBSMH,
+        start, keys_BS, blind, scale, settled, eps, slots,
+    )  # fmt: skip
+
+
+@gluon.jit
+def stream_ring_kernel(
+    weights, tokens_ptr, x_ptr, xs_ptr, end_ptr, squares_ptr, scales_ptr, gates_ptr, qkv_offsets_ptr,
+    gate_up_offsets_ptr, cos_ptr, sin_ptr, rooms_ptr, keys_ptr, q_ptr, acc_ptr, stats_ptr, mixed_ptr, hidden_ptr,
+    slots_ptr,
+    M, start, settled, parts, L, scale, eps, scales_N, gates_N, qkv_offsets_L, gate_up_offsets_L, cos_T, sin_T,
+    rooms_L, rooms_S,
+    D: gl.constexpr, HEADS: gl.constexpr, HEADS_KV: gl.constexpr, H: gl.constexpr, F: gl.constexpr,
+    BK_D: gl.constexpr, BK_OUT: gl.constexpr, BK_F: gl.constexpr, BN: gl.constexpr, PARTS: gl.constexpr,
+    MASKED: gl.constexpr, BLIND: gl.constexpr, HIDDEN: gl.constexpr,
+):  # fmt: skip
+    """Grid (D / COLUMNS,), all at once. A program has the tiles of its number, and such items of attention."""
+    TILES: gl.constexpr = D // COLUMNS
+    K: gl.constexpr = HEADS * H
+    QKV_TILES: gl.constexpr = (HEADS + 2 * HEADS_KV) * H // (2 * PAIRS)
+    QKV: gl.constexpr = D // (G * BK_D)
+    OUT: gl.constexpr = K // (G * BK_OUT)
+    GATE_UP: gl.constexpr = 2 * D // (G * BK_D)
+    DOWN: gl.constexpr = F // (G * BK_F)
+    CHUNKS: gl.constexpr = QKV + OUT + GATE_UP + DOWN
+    me = gl.program_id(0)
+    S = start + M
+    ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, CHUNK_ROWS, CHUNK_WIDTH], RING)
+    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(ready.index(i), count=1)
+    barrier()
+    mine = gl.where(me < QKV_TILES, CHUNKS, CHUNKS - QKV)
+    total = mine * L
+    taken = gl.to_tensor(0)
+    slot = gl.to_tensor(0)
+    asked = ask(weights, ring, ready, gl.to_tensor(0), taken, total, mine, TILES, CHUNKS)
+    nothing = gl.zeros([ROWS, COLUMNS], gl.float32, layout=TILE_8)
+    add(nothing, me, None, tokens_ptr, scales_ptr, x_ptr, xs_ptr, end_ptr, squares_ptr, M, 0, D, BK_D)
+    come(slots_ptr, slot)
+    for layer in range(L):
+        # Queries, keys, values.
+        room_k = rooms_ptr + gl.cast(layer, gl.int64) * rooms_L
+        room_v = room_k + HEADS_KV * H
+        offsets = qkv_offsets_ptr
+        if offsets is not None:
+            offsets += layer * qkv_offsets_L
+        meet(slots_ptr, slot)
+        if me < QKV_TILES:
+            project(
+                xs_ptr, ring, ready, taken, me, squares_ptr, offsets, cos_ptr, sin_ptr, q_ptr, room_k, room_v, M, start,
+                eps, cos_T, sin_T, rooms_S, rooms_S, D, HEADS, HEADS_KV, H, BK_D, TILES,
+            )  # fmt: skip
+            taken += QKV
+
+        slot += 1
+        come(slots_ptr, slot)
+        asked = ask(weights, ring, ready, asked, taken, total, mine, TILES, CHUNKS)
+
+        # Attention: rows of a head against blocks of keys. What stood in the cache before is read before the meeting.
+        item = me
+        head_kv, first = (item // parts) // (HEADS // HEADS_KV), (item % parts) * BN
+        k = block_of(room_k, first, 0, settled, rooms_S, head_kv, H, BN)
+        v = block_of(room_v, first, 0, settled, rooms_S, head_kv, H, BN)
+        meet(slots_ptr, slot)
+        if (item < HEADS * parts) & (first + BN > settled):
+            k += block_of(room_k, first, settled, S, rooms_S, head_kv, H, BN)
+            v += block_of(room_v, first, settled, S, rooms_S, head_kv, H, BN)
+        while item < HEADS * parts:
+            attend(
+                q_ptr, k, v, keys_ptr, acc_ptr, stats_ptr, item, parts, M, S, scale, HEADS, H, BN, MASKED, BLIND, HIDDEN
+            )
+            item += gl.num_programs(0)
+            if item < HEADS * parts:
+                head_kv, first = (item // parts) // (HEADS // HEADS_KV), (item % parts) * BN
+                k = block_of(room_k, first, 0, S, rooms_S, head_kv, H, BN)
+                v = block_of(room_v, first, 0, S, rooms_S, head_kv, H, BN)
+
+        slot += 1
+        come(slots_ptr, slot)
+        meet(slots_ptr, slot)
+        for item in range(me, HEADS * (H // MIXED), gl.num_programs(0)):
+            mix(acc_ptr, stats_ptr, mixed_ptr, item, parts, HEADS, H, PARTS, BK_OUT)
+
+        slot += 1
+        come(slots_ptr, slot)
+        gates = gates_ptr
+        if gates is not None:
+            gates += 2 * layer * gates_N
+        meet(slots_ptr, slot)
+        y = narrow_product(mixed_ptr, M, ring, ready, taken, K, BK_OUT)
+        add(
+            y, me, gates, x_ptr, scales_ptr + (2 * layer + 1) * scales_N, x_ptr, xs_ptr, end_ptr, squares_ptr, M, 0, D,
+            BK_D,
+        )  # fmt: skip
+        taken += OUT
+
+        slot += 1
+        come(slots_ptr, slot)
+        asked = ask(weights, ring, ready, asked, taken, total, mine, TILES, CHUNKS)
+
+        # The hidden layer.
+        offsets = gate_up_offsets_ptr
+        if offsets is not None:
+            offsets += layer * gate_up_offsets_L
+        meet(slots_ptr, slot)
+        hide(
+            xs_ptr, ring, ready, taken, me, squares_ptr, offsets, hidden_ptr, M, eps, D, F, BK_D, BK_F, TILES
+        )  # fmt: skip
+        taken += GATE_UP
+
+        slot += 1
+        come(slots_ptr, slot)
+        asked = ask(weights, ring, ready, asked, taken, total, mine, TILES, CHUNKS)
+        gates = gates_ptr
+        if gates is not None:
+            gates += (2 * layer + 1) * gates_N
+        meet(slots_ptr, slot)
+        y = narrow_product(hidden_ptr, M, ring, ready, taken, F, BK_F)
+        add(
+            y, me, gates, x_ptr, scales_ptr + (2 * layer + 2) * scales_N, x_ptr, xs_ptr, end_ptr, squares_ptr, M,
+            gl.where(layer == L - 1, M, 0), D, BK_D,
+        )  # fmt: skip
+        taken += DOWN
+        slot += 1
+        if layer < L - 1:
+            come(slots_ptr, slot)
+            asked = ask(weights, ring, ready, asked, taken, total, mine, TILES, CHUNKS)
+    leave(slots_ptr, slot - 1)
+
+
+@torch.library.custom_op("pi0exp::stream_ring", mutates_args=("rooms_LBSMH", "slots"))
+def stream_ring(
+    tokens_BTD: Tensor, weights_LPCV: Tensor, scales_ND: Tensor, gates_ND: Tensor | None,
+    qkv_offsets_LC: Tensor | None, gate_up_offsets_LC: Tensor | None, cos_BT1H: Tensor, sin_BT1H: Tensor,
+    rooms_LBSMH: Tensor, start: int, keys_BS: Tensor | None, blind: bool, scale: float, settled: int, eps: float,
+    slots: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the final norm needs, as `stream_layers`: xs [1, T, D], and its squares, float32 [D / COLUMNS, T].
+
+    weights: of `packed_ring`, bf16. All other arguments as in `stream_layers`. Raises ValueError.
+    """
+    (B, T, D), (L, P, chunks, values) = tokens_BTD.shape, weights_LPCV.shape
+    _, _, R, heads, H = rooms_LBSMH.shape
+    K, F, N = heads // 2, HIDDEN_COLUMNS.value * P, query_heads(D, P, chunks, H)
+    C = (N + heads) * H
+    require(B == 1 and ROWS.value >= T, f"tokens are {list(tokens_BTD.shape)}: not [1, at most {ROWS.value}, D]")
+    require(N > 0 and N % K == 0, f"{N} heads of {H} on {K}")
+    require(not (why := misfit(D, H, F, N, N + heads)), why)
+    fits = values == CHUNK_ROWS.value * CHUNK_WIDTH.value and weights_LPCV.is_contiguous()
+    require(fits and weights_LPCV.dtype is torch.bfloat16 and D // COLUMNS.value == P, "weights are not of packed_ring")
+    require(tokens_BTD.is_contiguous() and tokens_BTD.is_floating_point(), "tokens are not contiguous floats")
+    for name, table, fit in (
+        ("scales", scales_ND, (2 * L + 1, D)), ("gates", gates_ND, (2 * L, D)), ("offsets", qkv_offsets_LC, (L, C)),
+        ("offsets", gate_up_offsets_LC, (L, 2 * F)),
+    ):  # fmt: skip
+        fits = table is None or (table.shape == fit and table.stride(1) == 1)
+        require(fits, f"{name} are {None if table is None else list(table.shape)}: not {list(fit)}")
+    require(rooms_LBSMH.shape == (L, 1, R, heads, H) and rooms_LBSMH.dtype is torch.bfloat16, "the rooms do not fit")
+    require(rooms_LBSMH.stride()[3:] == (H, 1), "heads must be adjacent in the rooms")
+    require(0 <= settled <= start <= R - T, f"rows {start} to {start + T} of {R}, of which {settled} are settled")
+    seen = keys_BS is None or (keys_BS.shape == (1, start + T) and keys_BS.stride(1) == 1)
+    require(seen, "keys are not [1, start + T], adjacent")
+    for turn in (cos_BT1H, sin_BT1H):
+        require(turn.shape == (1, T, 1, H) and turn.stride(3) == 1, f"{tuple(turn.shape)} turns no [1, {T}, 1, {H}]")
+    check_counters(slots, PHASES * L + 1)
+    parts = triton.cdiv(start + T, BN)
+    x, end, q, xs, mixed, hidden = (
+        weights_LPCV.new_empty(size)
+        for size in ((T, D), (1, T, D), (T, N * H), (ROWS.value, D), (ROWS.value, N * H), (ROWS.value, F))
+    )
+    acc = tokens_BTD.new_empty((N, parts, ROWS.value, H), dtype=torch.float32)
+    stats = tokens_BTD.new_empty((N, 2, parts, ROWS.value), dtype=torch.float32)
+    squares = tokens_BTD.new_empty((D // COLUMNS.value, T), dtype=torch.float32)
+    block = [CHUNK_ROWS.value, CHUNK_WIDTH.value]
+    stream_ring_kernel[(P,)](
+        weights=TensorDescriptor.from_tensor(weights_LPCV.view(-1, CHUNK_WIDTH.value), block, RING.value),
+        tokens_ptr=tokens_BTD, x_ptr=x, xs_ptr=xs, end_ptr=end, squares_ptr=squares, scales_ptr=scales_ND,
+        gates_ptr=gates_ND, qkv_offsets_ptr=qkv_offsets_LC, gate_up_offsets_ptr=gate_up_offsets_LC, cos_ptr=cos_BT1H,
+        sin_ptr=sin_BT1H, rooms_ptr=rooms_LBSMH, keys_ptr=slots if keys_BS is None else keys_BS, q_ptr=q, acc_ptr=acc,
+        stats_ptr=stats, mixed_ptr=mixed, hidden_ptr=hidden, slots_ptr=slots, M=T, start=start, settled=settled,
+        parts=parts, L=L, scale=scale, eps=eps, scales_N=scales_ND.stride(0), gates_N=row_stride(gates_ND),
+        qkv_offsets_L=row_stride(qkv_offsets_LC), gate_up_offsets_L=row_stride(gate_up_offsets_LC),
+        cos_T=cos_BT1H.stride(1), sin_T=sin_BT1H.stride(1), rooms_L=rooms_LBSMH.stride(0),
+        rooms_S=rooms_LBSMH.stride(2),
+        D=D, HEADS=N, HEADS_KV=K, H=H, F=F, BK_D=BK_D, BK_OUT=BK_OUT, BK_F=BK_F, BN=BN,
+        PARTS=triton.next_power_of_2(parts), MASKED=keys_BS is not None, BLIND=blind, HIDDEN=HIDDEN,
+        num_warps=G.value, launch_cooperative_grid=True,
+    )  # fmt: skip
+    return end, squares
+
+
+@stream_ring.register_fake
+def _(tokens_BTD: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    _, T, D = tokens_BTD.shape
+    end = tokens_BTD.new_empty((1, T, D), dtype=torch.bfloat16)
+    return end, tokens_BTD.new_empty((D // COLUMNS.value, T), dtype=torch.float32)
+
+
+def _ahead(name: str, **constants: Any) -> AheadOfTime:
+    fixed = SIZES | {"BK_D": BK_D, "BK_OUT": BK_OUT, "BK_F": BK_F, "BN": BN} | constants
+    types = types_of(stream_ring_kernel) | {
+        "weights": f"tensordesc<bf16[{CHUNK_ROWS.value}, {CHUNK_WIDTH.value}],{RING.value!r}>"
+    }
+    types = {argument: kind for argument, kind in types.items() if argument not in fixed}
+    return AheadOfTime(name, stream_ring_kernel, types, fixed, G.value, dots=True, targets=("sm_90",))
+
+
+def _packed(weights: Weights, H: int) -> tuple[Tensor]:
+    return (packed_ring(weights, H),)
+
+
+KERNELS = (
+    Kernel(
+        "stream_ring",
+        stream_ring,
+        stream_ring_reference,
+        cases=(
+            case("a step of 11 rows", 18, 11, PI0, start=788, settled=788, pi0=True, packed=_packed),
+            case(
+                "a step of 10 rows, adaptive", 18, 10, PI0, start=789, settled=788, adaptive=True, pi0=True,
+                packed=_packed,
+            ),
+            case(
+                "one layer, 16 rows, prompt of 200, hidden keys", 1, 16, PI0, start=968, settled=968, hidden=True,
+                packed=_packed,
+            ),
+            case("three layers, a short cache", 3, 5, PI0, start=20, settled=0, packed=_packed),
+        ),
+        ahead_of_time=(
+            _ahead("11 rows", gates_ptr=None, qkv_offsets_ptr=None, gate_up_offsets_ptr=None),
+            _ahead("adaptive, hidden keys", MASKED=True, BLIND=False),
+        ),
+        interpretable=False,
+    ),
+)  # fmt: skip
