@@ -78,7 +78,7 @@ def check_observations(group: int, stack: str, horizons: int, batches: int) -> N
 @pytest.mark.parametrize("model", ["pi0", "pi05"])
 @pytest.mark.parametrize(
     ("stack", "horizon"),
-    [("9_blocks", 10), ("9_blocks", 50), ("10_persistent", 10), ("10_persistent", 50), ("11_ring", 10), ("11_ring", 50)],
+    [(stack, horizon) for stack in ("9_blocks", "10_persistent", "11_ring", "12_epilogue") for horizon in (10, 50)],
 )
 def test_verified(model: str, stack: str, horizon: int):
     for workload in ("default", "masked"):

@@ -8,7 +8,7 @@ it is: weights are merged from the plain model's when the stack is applied.
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
-from pi0exp.fusion import blocks, kernels, projections
+from pi0exp.fusion import blocks, kernels, projections, vision
 from pi0exp.fusion.rewrites import Rewrites
 from pi0exp.machine import Machine
 from pi0exp.option import ANY_GPU, Numerics, Option, Requires
@@ -17,6 +17,7 @@ from pi0exp.policy import Policy
 if TYPE_CHECKING:
     from pi0exp.config import Stack
 
+NVIDIA = Requires(vendors=("nvidia",))
 HOPPER = Requires(vendors=("nvidia",), archs=("sm_90",))
 """What `persistent` and `ring` were written for and tried on: a cooperative launch, the lanes of its matrix
 instruction, and its copy engine."""
@@ -32,7 +33,8 @@ class Fusion(Option):
     the denoising step as a chain of hand-fused Triton kernels, five a layer. persistent: with blocks, all layers of a
     step in one launch, whose programs meet after each phase (at most 16 rows of one observation, on sm_90; the expert's
     weights are kept a second time, in the order of its reads). ring: with persistent, those weights flow through a ring
-    in shared memory, ahead of the phases and across their meetings (bf16).
+    in shared memory, ahead of the phases and across their meetings (bf16). gelu_epilogue: vision's first product, its
+    bias and GELU in one launch of cuBLASLt.
     """
 
     qkv: bool = False
@@ -43,6 +45,7 @@ class Fusion(Option):
     blocks: bool = False
     persistent: bool = False
     ring: bool = False
+    gelu_epilogue: bool = False
     rewrites: Rewrites = field(default_factory=Rewrites)
 
     @property
@@ -61,9 +64,12 @@ class Fusion(Option):
 
     def unmet(self, machine: Machine) -> list[str]:
         triton = [name for name in kernels.SWITCHES if getattr(self, name)]
+        reasons = [f"{vision.EPILOGUE} {reason}" for reason in NVIDIA.unmet(machine)] if self.gelu_epilogue else []
         if self.persistent:
-            return [f"persistent {reason}" for reason in HOPPER.unmet(machine)]
-        return [f"{reason} (for {', '.join(triton)})" for reason in ANY_GPU.unmet(machine)] if triton else []
+            return reasons + [f"persistent {reason}" for reason in HOPPER.unmet(machine)]
+        if triton:
+            reasons += [f"{reason} (for {', '.join(triton)})" for reason in ANY_GPU.unmet(machine)]
+        return reasons
 
     def proofs(self) -> list[str]:
         return [pattern for name, pattern in kernels.SWITCHES.items() if getattr(self, name)]
@@ -73,7 +79,8 @@ class Fusion(Option):
             return ["persistent needs fusion.blocks"]
         if self.ring and not self.persistent:
             return ["ring needs fusion.persistent"]
-        return blocks.clashes(self, stack) if self.blocks else []
+        reasons = vision.clashes(stack) if self.gelu_epilogue else []
+        return reasons + (blocks.clashes(self, stack) if self.blocks else [])
 
     def apply(self, policy: Policy) -> None:
         # Rewrites first: they cut plain matrices, which are merged afterwards. Where one matrix makes queries, keys and
@@ -89,5 +96,7 @@ class Fusion(Option):
             kernels.fill_activation(policy)
         if self.rope:
             kernels.fill_rope(policy)
+        if self.gelu_epilogue:
+            vision.gelu_epilogue(policy)
         if self.blocks:
             blocks.fill_blocks(policy, self)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 from torch import Tensor, cat
 
-from pi0exp.fusion import folds, steps
+from pi0exp.fusion import folds, steps, vision
 from pi0exp.fusion.keys_only import KeysOnly, NoNorm
 from pi0exp.model.gemma import GemmaBlock
 from pi0exp.model.observation import Observation
@@ -28,7 +28,8 @@ class Rewrites:
     the first step only and kept in the cache, which implies cache_room. cache_room: the steps write their keys and
     values behind the prefix's instead of copying both together. rope_tables: cosines and sines are looked up, and those
     of the suffix once a call. fold_norms: the weights of norms are multiplied into the matrices behind them.
-    fold_q_scale: so is the scale of the scores.
+    fold_q_scale: so is the scale of the scores. patch_product: the patch embedding is a matrix product, which a
+    convolution without overlap is.
     """
 
     trim_prompt: bool = False
@@ -43,6 +44,7 @@ class Rewrites:
     rope_tables: bool = False
     fold_norms: bool = False
     fold_q_scale: bool = False
+    patch_product: bool = False
 
     def chosen(self) -> list[str]:
         return [one.name for one in fields(self) if getattr(self, one.name)]
@@ -51,6 +53,8 @@ class Rewrites:
         """In an order in which none needs what another has taken away. queries_in_room: see `steps.give_room`."""
         if self.trim_prompt:
             policy.prepare_with(trimmed, "without padding behind the longest prompt")
+        if self.patch_product:
+            vision.patches_as_product(policy)
         if self.batch_cameras:
             policy.fill_model("embed_images", all_images, "one pass for all cameras")
         # Before the last layer loses its queries.

@@ -248,7 +248,12 @@ def scaled(image: Tensor) -> Tensor:
     """
     if image.dtype != torch.uint8:
         return image
-    return (image.permute(0, 3, 1, 2).contiguous().float() / 255.0) * 2.0 - 1.0
+    return scaled_values(image.permute(0, 3, 1, 2).contiguous().float())
+
+
+def scaled_values(values: Tensor) -> Tensor:
+    """Values of bytes from 0 to 255, in a floating dtype, as values in [-1, 1]."""
+    return (values / 255.0) * 2.0 - 1.0
 
 
 def _array(name: str, value: object) -> np.ndarray:

@@ -83,8 +83,19 @@ class VisionBlock(nn.Module):
         return self.join(self.mlp.fc2, self.mlp(normed_BPD), x_BPD, None)
 
 
+def plain_patches(vision: "Siglip", image: Tensor) -> Tensor:
+    """A convolution without overlap, [B, P, D]."""
+    patches: Tensor = vision.patch(scaled(image).to(vision.patch.weight.dtype)).flatten(2).transpose(1, 2)
+    return patches
+
+
 class Siglip(nn.Module):
-    """Pictures to prefix tokens: patches, blocks, final norm, projection to paligemma's width."""
+    """Pictures to prefix tokens: patches, blocks, final norm, projection to paligemma's width.
+
+    Slot `embed_patches`: (vision, pictures as an observation has them) -> [B, P, D], without positions.
+    """
+
+    embed_patches: Callable[["Siglip", Tensor], Tensor] = staticmethod(plain_patches)
 
     def __init__(self, config: VisionConfig, out_width: int, eps: float):
         super().__init__()
@@ -96,8 +107,7 @@ class Siglip(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Pictures as an observation has them -> [B, P, out_width] in the activations' dtype, patches row by row."""
-        image_BCHW = scaled(image)
-        x_BPD = self.patch(image_BCHW.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2) + self.position
+        x_BPD = self.embed_patches(self, image) + self.position
         # The patches come out of the convolution channel by channel; without this every layer would keep that layout.
         x_BPD = x_BPD.to(self.norm.weight.dtype).contiguous()
         branch: Branch | None = None

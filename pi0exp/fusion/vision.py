@@ -1,0 +1,73 @@
+"""Two parts of the vision tower in fewer launches: patches as a matrix product, and GELU in a product's epilogue.
+
+Shapes: B pictures, H, W their sides, S patches along a side, P patches, D width, F hidden width.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pi0exp.model.observation import scaled_values
+from pi0exp.model.siglip import Siglip, VisionMlp
+from pi0exp.policy import Policy
+
+if TYPE_CHECKING:
+    from pi0exp.config import Stack
+
+EPILOGUE = "gelu_epilogue"
+
+
+def patches_as_product(policy: Policy) -> None:
+    """The slot `Siglip.embed_patches`: every patch a row, by one product in the convolution's own dtype."""
+    vision = policy.model.vision
+    weight_DK = vision.patch.weight.permute(0, 2, 3, 1).flatten(1).contiguous()
+    vision.embed_patches = partial(patch_product, weight_DK=weight_DK)
+    policy.note("vision: the patch embedding is a matrix product")
+
+
+def patch_product(vision: Siglip, image: Tensor, weight_DK: Tensor) -> Tensor:
+    """[B, P, D] of pictures as an observation has them: bytes [B, H, W, 3], or [B, 3, H, W] from -1 to 1.
+
+    weight: of the convolution, in the order of a patch's values: row, column, colour.
+    """
+    size = vision.patch.kernel_size[0]
+    side = image.shape[2] // size
+    if image.dtype == torch.uint8:
+        cut = image.reshape(-1, side, size, side, size * 3).transpose(2, 3)
+        values = scaled_values(cut.to(torch.float32, memory_format=torch.contiguous_format))
+    else:
+        values = image.reshape(-1, 3, side, size, side, size).permute(0, 2, 4, 3, 5, 1)
+    patches_BPK = values.to(weight_DK.dtype).reshape(image.shape[0], side * side, -1)
+    return F.linear(patches_BPK, weight_DK, vision.patch.bias)
+
+
+def clashes(stack: "Stack") -> list[str]:
+    """Why the epilogue, which is cuBLASLt's, cannot stand beside other options."""
+    from pi0exp.compile_mode.none import NoCompile
+    from pi0exp.gemm.blas import Blas, Library
+    from pi0exp.precision.fp8 import Fp8
+
+    reasons = []
+    gemm = getattr(stack.gemm, "vision", None) or stack.gemm
+    if not isinstance(gemm, Blas) or gemm.library not in (Library.auto, Library.cublaslt) or not gemm.addmm_lt:
+        reasons.append(f"{EPILOGUE} is cuBLASLt's: gemm.vision must be blas or cublaslt, with addmm_lt")
+    if not isinstance(getattr(stack.compile_mode, "vision", None) or stack.compile_mode, NoCompile):
+        reasons.append(f"{EPILOGUE} would be taken apart by a compiler: compile_mode.vision must be none")
+    if isinstance(stack.precision, Fp8) and "vision" in stack.precision.stages():
+        reasons.append(f"{EPILOGUE} has no fp8: precision=fp8 must keep vision in bf16 (precision.keep=[vision])")
+    return reasons
+
+
+def gelu_epilogue(policy: Policy) -> None:
+    """The slot `VisionMlp.hidden`: bias and GELU before the product is rounded, in its own launch."""
+    policy.fill(VisionMlp, "hidden", hidden, ("vision",), "product with bias and GELU in one launch")
+
+
+def hidden(mlp: VisionMlp, x_BPD: Tensor) -> Tensor:
+    """[B, P, F]. cuBLASLt's GELU is the one by tanh, as SigLIP's."""
+    weight_FD, bias_F = mlp.fc1.weight, mlp.fc1.bias
+    made: Tensor = torch._addmm_activation(bias_F, x_BPD.flatten(0, 1), weight_FD.t(), use_gelu=True)
+    return made.view(*x_BPD.shape[:2], -1)

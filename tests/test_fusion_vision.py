@@ -1,0 +1,93 @@
+"""Patches as a product, and GELU in a product's epilogue: what they compute, and what refuses the epilogue."""
+
+import pytest
+import torch
+from helpers import noise_for, plain_config, tiny_observation, tiny_policy
+from torch.nn import functional as F
+
+from pi0exp import build, config
+from pi0exp.fusion import vision
+from pi0exp.machine import Machine
+from pi0exp.model.observation import scaled
+from pi0exp.model.precision import FP32, FP32_TRUTH
+from pi0exp.model.siglip import VisionMlp, plain_patches
+from pi0exp.verify import FP32_LIMIT, rel_l2
+
+H200 = Machine(gpu="NVIDIA H200", vendor="nvidia", arch="sm_90")
+MI300 = Machine(gpu="AMD Instinct MI300X", vendor="amd", arch="gfx942")
+
+
+@pytest.mark.parametrize("bytes_", [True, False], ids=["bytes", "scaled"])
+def test_patches_are_those_of_the_convolution(bytes_: bool):
+    policy = tiny_policy(precision=FP32_TRUTH)
+    tower = policy.model.vision
+    size = policy.model.config.vision.image_size
+    pictures = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    given = pictures if bytes_ else scaled(pictures)
+    policy.begin("fusion")
+    vision.patches_as_product(policy)
+    torch.testing.assert_close(tower.embed_patches(tower, given), plain_patches(tower, given), rtol=1e-12, atol=1e-12)
+
+
+def test_actions_are_the_same_with_patches_as_a_product():
+    given, actions = tiny_observation([(1, 0, 1)], (3,)), []
+    for precision in (FP32_TRUTH, FP32):
+        policy = tiny_policy(precision=precision)
+        if precision is FP32:
+            policy.begin("fusion")
+            vision.patches_as_product(policy)
+        actions.append(policy.sample_actions(given, noise_for(policy, given)))
+    assert max(rel_l2(actions[1], actions[0])) <= FP32_LIMIT
+
+
+CUBLASLT = "fusion: gelu_epilogue is cuBLASLt's: gemm.vision must be blas or cublaslt, with addmm_lt"
+REFUSED = [
+    ([], []),
+    (["gemm=cublaslt"], []),
+    (["gemm=triton", "gemm.vision=blas"], []),
+    (["gemm=cublas"], [CUBLASLT]),
+    (["gemm.addmm_lt=false"], [CUBLASLT]),
+    (["gemm.vision=triton"], [CUBLASLT]),
+    (["compile_mode.denoise=default"], []),
+    (
+        ["compile_mode=default"],
+        ["fusion: gelu_epilogue would be taken apart by a compiler: compile_mode.vision must be none"],
+    ),
+    (["precision=fp8", "precision.keep=[vision]"], []),
+    (
+        ["precision=fp8"],
+        ["fusion: gelu_epilogue has no fp8: precision=fp8 must keep vision in bf16 (precision.keep=[vision])"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "reasons"), REFUSED, ids=lambda value: " ".join(value))
+def test_what_the_epilogue_stands_beside(words: list[str], reasons: list[str]):
+    assert build.unmet(config.stack(plain_config("fusion.gelu_epilogue=true", *words)), H200) == reasons
+
+
+def test_the_epilogue_is_for_nvidia():
+    stack = config.stack(plain_config("fusion.gelu_epilogue=true"))
+    (reason,) = build.unmet(stack, MI300)
+    assert reason.startswith("fusion: gelu_epilogue needs a GPU of nvidia")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use; this machine has none")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_epilogue_is_one_launch_and_rounds_once(dtype: torch.dtype):
+    device = torch.device("cuda", 0)
+    mlp = VisionMlp(config.model(plain_config())[0].vision).to(device, dtype)
+    x = torch.randn(3, 256, mlp.fc1.weight.shape[1], device=device, dtype=dtype)
+    with torch.inference_mode():
+        for parameter in mlp.fc1.parameters():
+            parameter.normal_(std=0.03)
+        truth = F.gelu(F.linear(x.double(), mlp.fc1.weight.double(), mlp.fc1.bias.double()), approximate="tanh")
+        plain, fused = mlp(x), vision.hidden(mlp, x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            vision.hidden(mlp, x)
+            torch.cuda.synchronize()
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert fused.shape == plain.shape
+    assert float((fused.double() - truth).norm()) <= float((plain.double() - truth).norm())
+    assert not [name for name in kernels if "elementwise" in name or "gelu" in name.lower().replace("gelu_bias", "")]
