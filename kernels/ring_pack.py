@@ -49,8 +49,9 @@ def packed_ring(weights: Weights, H: int) -> Tensor:
 
 def query_heads(D: int, P: int, chunks: int, H: int) -> int:
     """Of a model whose programs have so many chunks of a layer: those of w_out tell."""
-    groups, F = G.value, HIDDEN_COLUMNS.value * P
-    of_out = chunks - 3 * D // (groups * BK_D) - F // (groups * BK_F)
+    groups: int = G.value
+    F: int = HIDDEN_COLUMNS.value * P
+    of_out: int = chunks - 3 * D // (groups * BK_D) - F // (groups * BK_F)
     return of_out * groups * BK_OUT // H
 
 

@@ -102,7 +102,8 @@ def in_registers(weights: "Weights", head_dim: int) -> Launch:
 
 def through_a_ring(weights: "Weights", head_dim: int) -> Launch:
     """`stream_ring` likewise."""
-    from pi0exp.kernels.stream_ring import misfit, packed_ring, stream_ring
+    from pi0exp.kernels.ring_pack import misfit, packed_ring
+    from pi0exp.kernels.stream_ring import stream_ring
 
     (_, width, heads), hidden = weights.out_LDK.shape, weights.down_LDF.shape[2]
     if why := misfit(width, head_dim, hidden, heads // head_dim, weights.qkv_LCD.shape[1] // head_dim):

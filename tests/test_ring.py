@@ -1,0 +1,77 @@
+"""The ring's weights: each program's chunks hold what its products read, in the order in which it takes them.
+
+The kernel itself is compiled in `test_kernels_aot`, and runs on a GPU only: `test_kernels`, `test_blocks_gpu`.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from pi0exp.errors import UnsupportedError
+from pi0exp.fusion.persistent import through_a_ring
+from pi0exp.kernels.ring_pack import BK_D, BK_F, BK_OUT, misfit, packed_ring, query_heads, unpacked_ring
+from pi0exp.kernels.stream_pack import Weights
+
+L, D, N, H, F = 2, 1024, 8, 256, 4096
+C, P = (N + 2) * H, D // 8
+QKV, OUT, GATE_UP, DOWN = D // (8 * BK_D), N * H // (8 * BK_OUT), 2 * D // (8 * BK_D), F // (8 * BK_F)
+
+
+@pytest.fixture(scope="module")
+def weights() -> Weights:
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((L, C, D), (L, D, N * H), (L, 2 * F, D), (L, D, F))
+    return Weights(*(torch.randn(size, generator=generator).bfloat16() for size in sizes))
+
+
+@pytest.fixture(scope="module")
+def ring(weights: Weights) -> Tensor:
+    return packed_ring(weights, H)
+
+
+def tile(chunks_CV: Tensor, rows: int, width: int) -> Tensor:
+    """Chunks, one a step of K, as [rows, K]: k = 32 a + 16 d + 8 e + 2 c + f of a warp's part."""
+    cut = chunks_CV.view(-1, rows // 8, width // 32, 8, 8, 4, 2, 2, 2)  # step, rows, a, warp, row, c, d, e, f
+    return cut.permute(1, 4, 0, 3, 2, 6, 7, 5, 8).reshape(rows, -1)
+
+
+@pytest.mark.parametrize("program", [0, 5, 79, 80, 127])
+def test_a_program_has_the_rows_of_its_tiles(program: int, weights: Weights, ring: Tensor):
+    chunks = ring[1, program].split([QKV, OUT, GATE_UP, DOWN])
+    head, first = program // 8, program % 8 * 16
+    if program < C // 32:
+        pairs = weights.qkv_LCD[1].view(C // H, 2, H // 2, D)[head, :, first : first + 16].flatten(0, 1)
+        assert torch.equal(tile(chunks[0], 32, BK_D), pairs)
+    else:
+        assert not chunks[0].any()
+    columns = slice(8 * program, 8 * program + 8)
+    assert torch.equal(tile(chunks[1], 8, BK_OUT), weights.out_LDK[1, columns])
+    assert torch.equal(tile(chunks[3], 8, BK_F), weights.down_LDF[1, columns])
+    gate, up = weights.gate_up_LCD[1].view(2, P, 32, D)[:, program]
+    assert torch.equal(tile(chunks[2][0::2], 32, BK_D), gate)
+    assert torch.equal(tile(chunks[2][1::2], 32, BK_D), up)
+
+
+def test_the_weights_come_back(weights: Weights, ring: Tensor):
+    assert query_heads(D, P, ring.shape[2], H) == N
+    assert all(map(torch.equal, unpacked_ring(ring, D, H, C), weights))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "why"),
+    [
+        ((D, H, F, N, N + 2), ""),
+        ((1000, H, F, N, N + 2), "D = 1000: no multiple of what 8 warps take at a time"),
+        ((D, H, 2 * F, N, N + 2), "F = 8192 is not 4 D: programs would have unlike tiles"),
+        ((D, H, F, N, 20), "20 heads of 256 have more tiles than there are programs"),
+        ((D, 128, F, 2 * N, 2 * N + 2), "a head dim of 128 is no power of two from 256 on"),
+    ],
+)
+def test_widths_that_do_not_fit(sizes: tuple[int, int, int, int, int], why: str):
+    assert misfit(*sizes) == why
+
+
+def test_a_model_that_does_not_fit_is_refused():
+    small = Weights(*(torch.zeros(size) for size in ((1, 80, 64), (1, 64, 64), (1, 256, 64), (1, 64, 128))))
+    with pytest.raises(UnsupportedError, match="^ring: D = 64 and N H = 64 and F = 128: no multiple"):
+        through_a_ring(small, 8)
