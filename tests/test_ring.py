@@ -73,5 +73,5 @@ def test_widths_that_do_not_fit(sizes: tuple[int, int, int, int, int], why: str)
 
 def test_a_model_that_does_not_fit_is_refused():
     small = Weights(*(torch.zeros(size) for size in ((1, 80, 64), (1, 64, 64), (1, 256, 64), (1, 64, 128))))
-    with pytest.raises(UnsupportedError, match="^ring: D = 64 and N H = 64 and F = 128: no multiple"):
+    with pytest.raises(UnsupportedError, match=r"^ring: D = 64 and N H = 64 and F = 128: no multiple"):
         through_a_ring(small, 8)
