@@ -211,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "file",
         type=Path,
-        help="Chrome trace of PyTorch's profiler (json, json.gz) or CSV of rocprof, rocprofv3 or nsys stats",
+        help="Chrome trace of PyTorch's profiler (json, json.gz) or CSV of rocprof, rocprofv2, rocprofv3, nsys stats",
     )
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
     parser.add_argument(

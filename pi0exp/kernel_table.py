@@ -31,18 +31,23 @@ TABLE: tuple[tuple[str, str], ...] = (
     # A reduction over mm: a product of one row, or few, written as sums.
     ("gemm", r"^triton_(red|per|mix)_fused" + r"(?=\w*?_(mm|addmm|bmm|mv|addmv|dot)(?![a-z0-9]))"),
     ("activation", _fused("gelu|silu|relu|tanh|sigmoid|gelu_tanh")),
-    ("copy", rf"^triton_poi_fused(_({_LAYOUT_ONLY}))+(_\d+)?(\.kd| \[|$)"),
+    ("copy", rf"^triton_poi_fused(_({_LAYOUT_ONLY}))+(_\d+)?(\.kd| [\[(]|$)"),
     ("elementwise", r"^triton_(poi|red|per|mix|for|split_scan)_fused"),
     # Attention before gemm: flash (Dao's, PyTorch's, FA3 in CUTLASS), fmha (CUTLASS, CK, aiter), cuDNN's sdpa,
-    # AOTriton's attn_fwd, FlashInfer's *With*KVCache, our attend_*; eager attention's softmax (PyTorch, MIOpen).
-    ("attention", r"fmha|flash(?!infer)|attn|attention|sdpa|soft_?max|attend_|\b(mha|mla|pa)_|(Prefill|Decode)With"),
+    # AOTriton's attn_fwd, SageAttention's sage_fwd, FlashInfer's *With*KVCache, our attend_*; eager attention's softmax
+    # (PyTorch, MIOpen).
+    ("attention", r"fmha|flash(?!infer)|attn|attention|sdpa|sage_fwd|soft_?max|attend_|\b(mha|mla|pa)_"),
+    ("attention", r"(Prefill|Decode)With"),
     # Our rope_qkv, aiter's kn_entry_*, vLLM's rotary_embedding, fused_qk_norm_rope.
     ("rope", r"rope(?![a-z])|rotary|kn_entry_\dc"),
+    # A convolution of each channel with a few weights of its own (llama.cpp's ssm_conv, Mamba's) is no product.
+    ("elementwise", r"ssm_conv|causal_conv|depthwise"),
     # cuBLAS: nvjet, gemm*, gemv*, splitKreduce, xmma; CUTLASS: Kernel2, device_kernel, cutlass_*; cuDNN's and MIOpen's
     # convolutions, which are products, too; Tensile (hipBLASLt, rocBLAS): Cijk_*; CK and aiter: *gemm*; vLLM on ROCm:
-    # wvSplitK, LLMM1; Triton kernels called matmul or mm; our tile_gemm, skinny_gemm, stream_*.
+    # wvSplitK, LLMM1; llama.cpp's mul_mat_q, mul_mat_vec_q; Triton kernels called matmul or mm; our tile_gemm,
+    # skinny_gemm, stream_*.
     ("gemm", r"^stream_(qkv|gated|residual|embed|begin|end|layers)_"),
-    ("gemm", r"gemm|gemv|nvjet|cublas|split_?k|xmma|wgmma|cutlass|Cijk_|matmul|flatmm|LLMM|(^|_)b?mm(_|$)"),
+    ("gemm", r"gemm|gemv|nvjet|cublas|split_?k|xmma|wgmma|cutlass|Cijk_|matmul|mul_mat|flatmm|LLMM|(^|_)b?mm(_|$)"),
     ("gemm", r"\bdot_kernel|convol|conv[123]d|conv_|igemm|winograd|ConvAsm|AsmConv|conv.*(fwd|fprop)|fprop"),
     # PyTorch's, Apex's, TransformerEngine's, Liger's, aiter's (Rmsnorm2dFwd, layernorm2d), our *_norm. In eager RMSNorm
     # the mean and the reciprocal root are kernels; nothing else in this policy takes either.

@@ -1,7 +1,8 @@
 """Read the file of a profiler, whichever wrote it, into slices of GPU time.
 
 Chrome traces as PyTorch's profiler (Kineto) exports them, on NVIDIA and on AMD, plain or gzip; CSV files of rocprof,
-rocprofv3 and Nsight Systems (traces_csv). The ranges in this project's own profiles tell calls and stages apart.
+rocprofv2, rocprofv3 and Nsight Systems (traces_csv). The ranges in this project's own profiles tell calls and stages
+apart.
 """
 
 import gzip
@@ -24,14 +25,16 @@ CEILINGS = "pi0exp_ceilings"
 """The name under which a trace of this project carries the ceilings of its run, beside its events."""
 
 KNOWN = (
-    "Chrome traces of PyTorch's profiler (.json, .json.gz) and CSV files of rocprof, rocprofv3 (kernel trace, stats)"
-    " and nsys stats (cuda_gpu_trace, cuda_gpu_kern_sum)"
+    "Chrome traces of PyTorch's profiler (.json, .json.gz) and CSV files of rocprof, rocprofv2, rocprofv3 (traces,"
+    " stats) and nsys stats (cuda_gpu_trace, cuda_gpu_kern_sum)"
 )
 
 _KINDS = {"kernel": Kind.kernel, "gpu_memcpy": Kind.copy, "gpu_memset": Kind.fill}
 """Kineto's categories of what runs on the GPU, the same for CUPTI, roctracer and rocprofiler-sdk."""
 _BINARIES = {".nsys-rep": "nsys stats --format csv --report cuda_gpu_trace", ".sqlite": "nsys stats --format csv",
-             ".db": "rocprofv3 --output-format csv", ".rpd": "rpd2tracing.py"}  # fmt: skip
+             ".db": "rocpd convert -i {path} --output-format csv (rocprofv3), or give {csv} of the same run (rocprof)",
+             ".rpd": "rpd2tracing.py"}  # fmt: skip
+"""How to get at what is in a file of this kind."""
 
 
 def read_trace(path: Path) -> Trace:
@@ -47,7 +50,8 @@ def read_trace(path: Path) -> Trace:
 def parse_trace(path: Path) -> Trace:
     """The same, a file without a GPU kernel included."""
     if path.suffix in _BINARIES:
-        raise UserError(f"{path}: {path.suffix} files are not read; export it first: {_BINARIES[path.suffix]}")
+        how = _BINARIES[path.suffix].format(path=path, csv=path.with_suffix(".csv").name)
+        raise UserError(f"{path}: {path.suffix} files are not read; export it first: {how}")
     try:
         content = path.read_bytes()
         packed = content[:2] == b"\x1f\x8b"
@@ -71,6 +75,9 @@ def _read_kineto(path: Path, text: str) -> Trace:
     events = found.get("traceEvents") if isinstance(found, dict) else found
     if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
         raise UserError(f"{path}: no Chrome trace, which has a list of objects called traceEvents; {KNOWN} are read")
+    if any(_is_rocprof(event) for event in events):
+        csv = path.name.removesuffix(".gz").removesuffix(".json") + ".csv"
+        raise UserError(f"{path}: rocprof's own Chrome trace has times cut to microseconds; give {csv} of the same run")
     try:
         ceilings = found.get(CEILINGS) if isinstance(found, dict) else None
         trace = _Kineto([event for event in events if event.get("ph") == "X"]).trace()
@@ -78,6 +85,12 @@ def _read_kineto(path: Path, text: str) -> Trace:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: an event is not as PyTorch's profiler writes it ({reason})") from error
+
+
+def _is_rocprof(event: dict[str, Any]) -> bool:
+    """Its events have no categories; their arguments are the columns of its CSV file."""
+    args = event.get("args")
+    return "cat" not in event and isinstance(args, dict) and "BeginNs" in args
 
 
 @dataclass(frozen=True)

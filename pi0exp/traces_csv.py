@@ -1,8 +1,10 @@
-"""CSV files of rocprof, rocprofv3 and Nsight Systems: one row a kernel, or one row a name with sums.
+"""CSV files of rocprof, rocprofv2, rocprofv3 and Nsight Systems: one row a kernel, or one row a name with sums.
 
 The header tells which tool wrote the file. Columns, as the tools' documentation names them:
   rocprof                     results.csv: KernelName, BeginNs, EndNs, gpu-id
+  rocprofv2                   results_*.csv: Kernel_Name, Start_Timestamp, End_Timestamp (ns), GPU_ID
   rocprofv3                   kernel_trace.csv: Kernel_Name, Start_Timestamp, End_Timestamp (ns), Agent_Id
+  Omniperf                    timestamps.csv: rocprof's, with rocprofv2's names for some of the columns
   rocprof --stats, rocprofv3 --stats    Name, Calls, TotalDurationNs; older rocprofs write names without quotes
   nsys stats                  cuda_gpu_trace: Start, Duration, Device, Name; cuda_gpu_kern_sum: Total Time, Instances,
                               Name; the unit stands in brackets behind the column's name
@@ -21,18 +23,21 @@ _PREAMBLE_LINES = 30
 """`nsys stats` says on standard output what it exports before it prints the header."""
 _UNITS_US = {"ns": 1e-3, "nsec": 1e-3, "us": 1.0, "usec": 1.0, "μs": 1.0, "ms": 1e3, "msec": 1e3, "s": 1e6, "sec": 1e6}
 _NO_KERNEL = re.compile(
-    r"hip[A-Z]\w*|hsa_\w+|__hip\w+|roctx\w+|Copy(Host|Device)To(Host|Device)\w*|FillBuffer"
+    r"hip[A-Z]\w*|hsa_\w+|__hip\w+|roctx\w+|Copy(Host|Device)To(Host|Device)\w*|FillBuffer|async-copy"
     r"|(KERNEL|MEMORY|SCRATCH|COUNTER|HIP|HSA|MARKER|RCCL)_[A-Z_]+"
 )
 """Names in statistics of host calls, of copies and of whole domains, which have the columns of those of kernels."""
+_COUNTER = re.compile(r"Counter_Name|(?!GPU_ID$)[A-Z][A-Z0-9]*_[A-Z0-9_]+(_[a-z]+|\[\d+\])?")
+"""Columns of AMD's counters: SQ_WAVES, TCC_HIT_sum, TCC_REQ[3], FETCH_SIZE. Some derived ones, such as VALUBusy, are
+named like other columns and not found."""
 
 
 @dataclass(frozen=True)
 class _Layout:
     """What identifies a file and where its values stand; names of columns without their units.
 
-    Either `end` or `duration` is there. mark: another column that the file must have. foreign: one that makes it
-    another file. bare: whether names can stand without quotes, with commas in them.
+    Either `end` or `duration` is there. mark: another column that the file must have. bare: whether names can stand
+    without quotes, with commas in them.
     """
 
     format: str
@@ -43,24 +48,25 @@ class _Layout:
     count: str = ""
     device: str = ""
     mark: str = ""
-    foreign: str = ""
     bare: bool = False
 
     def fits(self, titles: set[str]) -> bool:
-        needed = {self.name, self.start, self.end, self.duration, self.count, self.mark} - {""}
-        return needed <= titles and self.foreign not in titles
+        return {self.name, self.start, self.end, self.duration, self.count, self.mark} - {""} <= titles
 
 
 _LAYOUTS = (
     _Layout("rocprof", "KernelName", start="BeginNs", end="EndNs", device="gpu-id"),
     _Layout(
-        "rocprofv3 kernel trace", "Kernel_Name", start="Start_Timestamp", end="End_Timestamp", device="Agent_Id",
-        foreign="Counter_Name",
+        "Omniperf timestamps", "Kernel_Name", start="Start_Timestamp", end="End_Timestamp", device="GPU_ID",
+        mark="DispatchNs",
     ),
+    _Layout("rocprofv2", "Kernel_Name", start="Start_Timestamp", end="End_Timestamp", device="GPU_ID", mark="GPU_ID"),
+    _Layout("rocprofv3 kernel trace", "Kernel_Name", start="Start_Timestamp", end="End_Timestamp", device="Agent_Id"),
     _Layout("rocprof stats", "Name", duration="TotalDurationNs", count="Calls", bare=True),
     _Layout("nsys cuda_gpu_trace", "Name", start="Start", duration="Duration", device="Device", mark="GrdX"),
     _Layout("nsys cuda_gpu_kern_sum", "Name", duration="Total Time", count="Instances"),
 )  # fmt: skip
+"""The first that fits is the one."""
 
 
 def read_csv(path: Path, text: str, known: str) -> Trace:
@@ -68,6 +74,11 @@ def read_csv(path: Path, text: str, known: str) -> Trace:
     rows = csv.reader(text.splitlines(), skipinitialspace=True)
     try:
         header, layout = _header(path, rows, known)
+        if counters := [title for title in header if _COUNTER.fullmatch(title.strip())]:
+            raise UserError(
+                f"{path}: has counters ({counters[0]}), for which kernels run one by one, or several times;"
+                " give a trace without them (Omniperf: timestamps.csv)"
+            )
         table = _Table(layout, header)
         slices = [
             table.slice(row, f"{path}: line {rows.line_num}") for row in rows if any(cell.strip() for cell in row)

@@ -23,7 +23,7 @@ from pi0exp.traces import read_trace
 TRACES = Path(__file__).parent / "data" / "traces"
 CSV = [
     "nsys_cuda_gpu_trace.csv", "nsys_stdout.csv", "rocprofv3_kernel_trace.csv", "rocpd_kernel_trace.csv",
-    "rocprof_results.csv",
+    "rocprof_results.csv", "rocprofv2_results.csv", "omniperf_timestamps.csv",
 ]  # fmt: skip
 
 

@@ -45,6 +45,7 @@ def test_other_kernels_of_the_same_libraries(row):
 def test_what_rocprof_appends_changes_nothing(row):
     assert category_of(row["kernel_name"] + ".kd") == row["category"]
     assert category_of(row["kernel_name"] + " [clone .kd]") == row["category"]
+    assert category_of(row["kernel_name"] + " (.kd)") == row["category"]
 
 
 def test_every_kernel_of_ours_is_listed():
