@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -117,9 +118,15 @@ def call_count(case: Work, sets: int, ceilings: Ceilings, replay_us: float) -> i
 def contestants(kernel: Kernel, compiled: bool) -> dict[str, Callable[..., Any]]:
     """Who is timed, the op first."""
     found = {OP: kernel.op, "eager": kernel.reference}
-    if compiled:
+    if compiled and kernel.not_compiled:
+        found["compile"] = partial(_left_out, kernel.not_compiled)
+    elif compiled:
         found["compile"] = torch.compile(kernel.reference, fullgraph=True, dynamic=False)
     return found | dict(kernel.libraries)
+
+
+def _left_out(why: str, *arguments: Any) -> None:
+    raise NotImplementedError(why)
 
 
 def measure(kernel: Kernel, case: Case, device: torch.device, settings: Settings, ceilings: Ceilings) -> Row:

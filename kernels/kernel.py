@@ -75,7 +75,8 @@ class Kernel:
     in the widest dtype among its arguments' and float32, and rounds once. libraries: name -> callable with the same
     arguments, a kernel of a library that computes the same and is timed beside it; it raises NotImplementedError for a
     case that it is not made for. interpretable: Triton's interpreter can run it, which it cannot where a kernel is
-    written in Gluon.
+    written in Gluon. not_compiled: why the bench does not let torch.compile of the reference take part; "" where it
+    does.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Kernel:
     ahead_of_time: tuple[AheadOfTime, ...]
     libraries: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     interpretable: bool = True
+    not_compiled: str = ""
 
 
 def discover() -> dict[str, Kernel]:

@@ -25,6 +25,9 @@ G = gl.constexpr(8)
 CHUNK_ROWS, CHUNK_WIDTH = gl.constexpr(128), gl.constexpr(64)
 """A chunk of a weight as the copy engine sees it: 16 KB."""
 SLOTS = gl.constexpr(12)
+POLL_ONE = gl.constexpr(True)
+WHERE = gl.constexpr(1)
+LIMIT = gl.constexpr(5)
 RING = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
 # ---- layouts
@@ -63,12 +66,40 @@ def come(slots_ptr, slot):
 def meet(slots_ptr, slot):
     """Returns when all programs of the grid have come, and shows each what the others had written."""
     everyone = gl.num_programs(0)
-    here = arrived(slots_ptr + slot)
-    while here < everyone:
+    if POLL_ONE:
+        wait_alone(slots_ptr + slot, everyone)
+    else:
         here = arrived(slots_ptr + slot)
+        while here < everyone:
+            here = arrived(slots_ptr + slot)
     if (gl.program_id(0) == 0) & (slot > 0):
         gl.store(slots_ptr + slot - 1, 0)
     barrier()
+
+
+@gluon.jit
+def wait_alone(at, everyone):
+    """One thread asks, so that the others' questions do not stand in the way of who comes."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred again;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        mov.u32 $0, 0;
+        setp.ne.u32 again, thread, 0;
+        @again bra GO;
+        AGAIN:
+        ld.acquire.gpu.global.s32 $0, [$1];
+        setp.lt.s32 again, $0, $2;
+        @again bra AGAIN;
+        GO:
+        }""",
+        "=&r,l,r",
+        [at, everyone],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit
@@ -91,12 +122,13 @@ def leave(slots_ptr, last_slot):
 
 
 @gluon.jit
-def ask(weights, ring, ready, asked, taken, total, mine, PROGRAMS: gl.constexpr, CHUNKS: gl.constexpr):
+def ask(weights, ring, ready, asked, taken, total, mine, most, PROGRAMS: gl.constexpr, CHUNKS: gl.constexpr):
     """Starts the copies of so many chunks as there are free slots, and returns how many were asked for ever.
 
     mine: chunks of a layer that this program takes, the last ones of its CHUNKS.
     """
-    while asked < gl.minimum(taken + SLOTS, total):
+    last = gl.minimum(gl.minimum(taken + SLOTS, total), asked + most)
+    while asked < last:
         slot = asked % SLOTS
         layer = asked // mine
         chunk = asked - layer * mine + CHUNKS - mine
@@ -141,9 +173,8 @@ def all_rows(x_ptr, M, K: gl.constexpr, BK: gl.constexpr):
 
 
 @gluon.jit
-def narrow_product(x_ptr, M, ring, ready, taken, K: gl.constexpr, BK: gl.constexpr):
+def narrow_product(x, ring, ready, taken, K: gl.constexpr, BK: gl.constexpr):
     """COLUMNS columns of x w^T, [M, COLUMNS] in TILE_8."""
-    x = all_rows(x_ptr, M, K, BK)
     acc = gl.zeros([G, ROWS, COLUMNS], gl.float32, layout=PRODUCT)
     for step in gl.static_range(K // (G * BK)):
         acc = mma_v2(x[step], take(ring, ready, taken + step, COLUMNS, BK), acc)

@@ -23,7 +23,6 @@ from pi0exp.kernels.ring import (
     TILE_16,
     TILE_32,
     G,
-    all_rows,
     place,
     take,
 )  # fmt: skip
@@ -42,14 +41,13 @@ def inverse_rms(squares_ptr, M, D, eps, TILES: gl.constexpr):
 
 @gluon.jit
 def project(
-    xs_ptr, ring, ready, taken, tile, squares_ptr, offset_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, M, start, eps,
+    x, ring, ready, taken, tile, squares_ptr, offset_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, M, start, eps,
     cos_T, sin_T, k_S, v_S,
     D: gl.constexpr, HEADS: gl.constexpr, HEADS_KV: gl.constexpr, H: gl.constexpr, BK: gl.constexpr,
     TILES: gl.constexpr,
 ):  # fmt: skip
     """PAIRS pairs of one head: product, norm, rotation, and the way to q, k or v."""
     HALF: gl.constexpr = H // 2
-    x = all_rows(xs_ptr, M, D, BK)
     by_row = inverse_rms(squares_ptr, M, D, eps, TILES)
     acc = gl.zeros([G, ROWS, 2 * PAIRS], gl.float32, layout=PRODUCT)
     for step in gl.static_range(D // (G * BK)):
@@ -189,11 +187,10 @@ def add(
 
 @gluon.jit
 def hide(
-    xs_ptr, ring, ready, taken, tile, squares_ptr, offset_ptr, hidden_ptr, M, eps,
+    x, ring, ready, taken, tile, squares_ptr, offset_ptr, hidden_ptr, M, eps,
     D: gl.constexpr, F: gl.constexpr, BK: gl.constexpr, BK_F: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """HIDDEN_COLUMNS columns of gelu_tanh(gate) * up: product, norm, activation. Chunks of gate and up take turns."""
-    x = all_rows(xs_ptr, M, D, BK)
     by_row = gl.convert_layout(inverse_rms(squares_ptr, M, D, eps, TILES), gl.SliceLayout(1, TILE_32))
     gated = gl.zeros([G, ROWS, HIDDEN_COLUMNS], gl.float32, layout=PRODUCT)
     up = gl.zeros([G, ROWS, HIDDEN_COLUMNS], gl.float32, layout=PRODUCT)

@@ -30,11 +30,14 @@ from pi0exp.kernels.kernel import AheadOfTime, Kernel, require
 from pi0exp.kernels.ring import (
     CHUNK_ROWS,
     CHUNK_WIDTH,
+    LIMIT,
     RING,
     ROWS,
     SLOTS,
     TILE_8,
+    WHERE,
     G,
+    all_rows,
     ask,
     barrier,
     come,
@@ -45,7 +48,7 @@ from pi0exp.kernels.ring import (
 from pi0exp.kernels.ring_pack import BK_D, BK_F, BK_OUT, BN, misfit, packed_ring, query_heads, unpacked_ring
 from pi0exp.kernels.ring_phases import add, attend, block_of, hide, mix, project
 from pi0exp.kernels.skinny_gemm import check_counters
-from pi0exp.kernels.stream_layers import PHASES, layers_reference, row_stride
+from pi0exp.kernels.stream_layers import PHASES, UNROLLED, layers_reference, row_stride
 from pi0exp.kernels.stream_layers_cases import PI0, SIZES, case, types_of
 from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, MIXED, PAIRS, Weights
 
@@ -97,7 +100,7 @@ def stream_ring_kernel(
     total = mine * L
     taken = gl.to_tensor(0)
     slot = gl.to_tensor(0)
-    asked = ask(weights, ring, ready, gl.to_tensor(0), taken, total, mine, TILES, CHUNKS)
+    asked = ask(weights, ring, ready, gl.to_tensor(0), taken, total, mine, SLOTS, TILES, CHUNKS)
     nothing = gl.zeros([ROWS, COLUMNS], gl.float32, layout=TILE_8)
     add(nothing, me, None, tokens_ptr, scales_ptr, x_ptr, xs_ptr, end_ptr, squares_ptr, M, 0, D, BK_D)
     come(slots_ptr, slot)
@@ -110,15 +113,22 @@ def stream_ring_kernel(
             offsets += layer * qkv_offsets_L
         meet(slots_ptr, slot)
         if me < QKV_TILES:
+            xq = all_rows(xs_ptr, M, D, BK_D)
+            if WHERE == 1:
+                asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
             project(
-                xs_ptr, ring, ready, taken, me, squares_ptr, offsets, cos_ptr, sin_ptr, q_ptr, room_k, room_v, M, start,
+                xq, ring, ready, taken, me, squares_ptr, offsets, cos_ptr, sin_ptr, q_ptr, room_k, room_v, M, start,
                 eps, cos_T, sin_T, rooms_S, rooms_S, D, HEADS, HEADS_KV, H, BK_D, TILES,
             )  # fmt: skip
             taken += QKV
+        else:
+            if WHERE == 1:
+                asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
 
         slot += 1
         come(slots_ptr, slot)
-        asked = ask(weights, ring, ready, asked, taken, total, mine, TILES, CHUNKS)
+        if WHERE == 0:
+            asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
 
         # Attention: rows of a head against blocks of keys. What stood in the cache before is read before the meeting.
         item = me
@@ -126,6 +136,8 @@ def stream_ring_kernel(
         k = block_of(room_k, first, 0, settled, rooms_S, head_kv, H, BN)
         v = block_of(room_v, first, 0, settled, rooms_S, head_kv, H, BN)
         meet(slots_ptr, slot)
+        if WHERE == 1:
+            asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
         if (item < HEADS * parts) & (first + BN > settled):
             k += block_of(room_k, first, settled, S, rooms_S, head_kv, H, BN)
             v += block_of(room_v, first, settled, S, rooms_S, head_kv, H, BN)
@@ -151,7 +163,10 @@ def stream_ring_kernel(
         if gates is not None:
             gates += 2 * layer * gates_N
         meet(slots_ptr, slot)
-        y = narrow_product(mixed_ptr, M, ring, ready, taken, K, BK_OUT)
+        xo = all_rows(mixed_ptr, M, K, BK_OUT)
+        if WHERE == 1:
+            asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
+        y = narrow_product(xo, ring, ready, taken, K, BK_OUT)
         add(
             y, me, gates, x_ptr, scales_ptr + (2 * layer + 1) * scales_N, x_ptr, xs_ptr, end_ptr, squares_ptr, M, 0, D,
             BK_D,
@@ -160,26 +175,34 @@ def stream_ring_kernel(
 
         slot += 1
         come(slots_ptr, slot)
-        asked = ask(weights, ring, ready, asked, taken, total, mine, TILES, CHUNKS)
+        if WHERE == 0:
+            asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
 
         # The hidden layer.
         offsets = gate_up_offsets_ptr
         if offsets is not None:
             offsets += layer * gate_up_offsets_L
         meet(slots_ptr, slot)
+        xh = all_rows(xs_ptr, M, D, BK_D)
+        if WHERE == 1:
+            asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
         hide(
-            xs_ptr, ring, ready, taken, me, squares_ptr, offsets, hidden_ptr, M, eps, D, F, BK_D, BK_F, TILES
+            xh, ring, ready, taken, me, squares_ptr, offsets, hidden_ptr, M, eps, D, F, BK_D, BK_F, TILES
         )  # fmt: skip
         taken += GATE_UP
 
         slot += 1
         come(slots_ptr, slot)
-        asked = ask(weights, ring, ready, asked, taken, total, mine, TILES, CHUNKS)
+        if WHERE == 0:
+            asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
         gates = gates_ptr
         if gates is not None:
             gates += (2 * layer + 1) * gates_N
         meet(slots_ptr, slot)
-        y = narrow_product(hidden_ptr, M, ring, ready, taken, F, BK_F)
+        xd = all_rows(hidden_ptr, M, F, BK_F)
+        if WHERE == 1:
+            asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
+        y = narrow_product(xd, ring, ready, taken, F, BK_F)
         add(
             y, me, gates, x_ptr, scales_ptr + (2 * layer + 2) * scales_N, x_ptr, xs_ptr, end_ptr, squares_ptr, M,
             gl.where(layer == L - 1, M, 0), D, BK_D,
@@ -188,7 +211,8 @@ def stream_ring_kernel(
         slot += 1
         if layer < L - 1:
             come(slots_ptr, slot)
-            asked = ask(weights, ring, ready, asked, taken, total, mine, TILES, CHUNKS)
+            if WHERE == 0:
+                asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
     leave(slots_ptr, slot - 1)
 
 
@@ -295,5 +319,6 @@ KERNELS = (
             _ahead("adaptive, hidden keys", MASKED=True, BLIND=False),
         ),
         interpretable=False,
+        not_compiled=UNROLLED,
     ),
 )  # fmt: skip

@@ -248,7 +248,7 @@ def test_the_stack_has_all_exact_rewrites():
     assert option == fusion()
     left_out = {one.name for one in fields(Rewrites)} - set(option.rewrites.chosen())
     assert left_out == {"fold_norms", "fold_q_scale"}
-    assert r"stream_(qkv|layers)|attend_combine" in option.proofs()
+    assert r"stream_(qkv|layers|ring)|attend_combine" in option.proofs()
     assert config.stack(plain_config("stack=10_persistent")).fusion == replace(option, persistent=True)
     assert config.stack(plain_config("stack=11_ring")).fusion == replace(option, persistent=True, ring=True)
 

@@ -1,5 +1,7 @@
 """Patches as a product, and GELU in a product's epilogue: what they compute, and what refuses the epilogue."""
 
+import re
+
 import pytest
 import torch
 from helpers import noise_for, plain_config, tiny_observation, tiny_policy
@@ -68,6 +70,8 @@ def test_what_the_epilogue_stands_beside(words: list[str], reasons: list[str]):
 
 def test_the_epilogue_is_for_nvidia():
     stack = config.stack(plain_config("fusion.gelu_epilogue=true"))
+    assert build.proofs(stack) == [("fusion", vision.PROOF)]
+    assert re.search(vision.PROOF, "nvjet_sm90_tst_208x128_64x5_1x2_h_bz_coopA_gelubias_TNN")
     (reason,) = build.unmet(stack, MI300)
     assert reason.startswith("fusion: gelu_epilogue needs a GPU of nvidia")
 
@@ -90,4 +94,4 @@ def test_the_epilogue_is_one_launch_and_rounds_once(dtype: torch.dtype):
     kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     assert fused.shape == plain.shape
     assert float((fused.double() - truth).norm()) <= float((plain.double() - truth).norm())
-    assert not [name for name in kernels if "elementwise" in name or "gelu" in name.lower().replace("gelu_bias", "")]
+    assert [bool(re.search(vision.PROOF, name)) for name in kernels if "Memset" not in name] == [True]

@@ -72,7 +72,8 @@ class Fusion(Option):
         return reasons
 
     def proofs(self) -> list[str]:
-        return [pattern for name, pattern in kernels.SWITCHES.items() if getattr(self, name)]
+        proofs = [pattern for name, pattern in kernels.SWITCHES.items() if getattr(self, name)]
+        return proofs + ([vision.PROOF] if self.gelu_epilogue else [])
 
     def clashes(self, stack: "Stack") -> list[str]:
         if self.persistent and not self.blocks:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pi0exp.config import Stack
 
 EPILOGUE = "gelu_epilogue"
+PROOF = r"(?i)gelu_?bias"
+"""What the names of cuBLASLt's kernels with this epilogue contain."""
 
 
 def patches_as_product(policy: Policy) -> None:

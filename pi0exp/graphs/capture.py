@@ -227,6 +227,8 @@ def count_nodes(graph: int) -> tuple[int, int]:
         raise RuntimeError(f"the GPU's library has no {error}") from error
     count, kind = ctypes.c_size_t(), ctypes.c_int()
     _check(get_nodes(ctypes.c_void_p(graph), None, ctypes.byref(count)))
+    if not count.value:  # for room for none, the driver says that something is wrong
+        return 0, 0
     nodes = (ctypes.c_void_p * count.value)()
     _check(get_nodes(ctypes.c_void_p(graph), nodes, ctypes.byref(count)))
     kernels = 0
