@@ -22,12 +22,10 @@ barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 ROWS = gl.constexpr(16)
 G = gl.constexpr(8)
-CHUNK_ROWS, CHUNK_WIDTH = gl.constexpr(128), gl.constexpr(64)
-"""A chunk of a weight as the copy engine sees it: 16 KB."""
-SLOTS = gl.constexpr(12)
-POLL_ONE = gl.constexpr(True)
-WHERE = gl.constexpr(1)
-LIMIT = gl.constexpr(5)
+CHUNK_ROWS, CHUNK_WIDTH = gl.constexpr(256), gl.constexpr(64)
+"""A chunk of a weight as the copy engine sees it: 32 KB, the largest block that it takes."""
+SLOTS = gl.constexpr(6)
+"""More do not fit beside what layouts are changed through: 227 KB a multiprocessor."""
 RING = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
 # ---- layouts
@@ -66,19 +64,14 @@ def come(slots_ptr, slot):
 def meet(slots_ptr, slot):
     """Returns when all programs of the grid have come, and shows each what the others had written."""
     everyone = gl.num_programs(0)
-    if POLL_ONE:
-        wait_alone(slots_ptr + slot, everyone)
-    else:
-        here = arrived(slots_ptr + slot)
-        while here < everyone:
-            here = arrived(slots_ptr + slot)
+    wait_until(slots_ptr + slot, everyone)
     if (gl.program_id(0) == 0) & (slot > 0):
         gl.store(slots_ptr + slot - 1, 0)
     barrier()
 
 
 @gluon.jit
-def wait_alone(at, everyone):
+def wait_until(at, everyone):
     """One thread asks, so that the others' questions do not stand in the way of who comes."""
     return gl.inline_asm_elementwise(
         """{
@@ -103,13 +96,6 @@ def wait_alone(at, everyone):
 
 
 @gluon.jit
-def arrived(at):
-    return gl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def leave(slots_ptr, last_slot):
     """At the end of the kernel: the last program to come makes the last meeting's slot zero, and its own."""
     own = slots_ptr + last_slot + 1
@@ -122,21 +108,17 @@ def leave(slots_ptr, last_slot):
 
 
 @gluon.jit
-def ask(weights, ring, ready, asked, taken, total, mine, most, PROGRAMS: gl.constexpr, CHUNKS: gl.constexpr):
-    """Starts the copies of so many chunks as there are free slots, and returns how many were asked for ever.
+def ask(weights, ring, ready, first, total, base, COUNT: gl.constexpr):
+    """Starts the copies of COUNT chunks of this program from number `first` on, of those that it has.
 
-    mine: chunks of a layer that this program takes, the last ones of its CHUNKS.
+    base: number of the program's first chunk among all. Slots stand free: their chunks were taken before a barrier.
     """
-    last = gl.minimum(gl.minimum(taken + SLOTS, total), asked + most)
-    while asked < last:
-        slot = asked % SLOTS
-        layer = asked // mine
-        chunk = asked - layer * mine + CHUNKS - mine
-        row = ((layer * PROGRAMS + gl.program_id(0)) * CHUNKS + chunk) * CHUNK_ROWS
-        mbarrier.expect(ready.index(slot), CHUNK_ROWS * CHUNK_WIDTH * 2)
-        load_block(weights, [row, 0], ready.index(slot), ring.index(slot))
-        asked += 1
-    return asked
+    for i in gl.static_range(COUNT):
+        mbarrier.expect(ready.index((first + i) % SLOTS), CHUNK_ROWS * CHUNK_WIDTH * 2, pred=first + i < total)
+    for i in gl.static_range(COUNT):
+        slot = (first + i) % SLOTS
+        row = (base + first + i) * CHUNK_ROWS
+        load_block(weights, [row, 0], ready.index(slot), ring.index(slot), pred=first + i < total)
 
 
 @gluon.jit

@@ -1,7 +1,7 @@
 """The weights of a denoising step in the order in which the programs of `stream_ring` take them: a row of chunks each.
 
-A chunk is 16 KB: so many rows of a tile, and so much of K, that all warps have 16 bytes a lane of it four times, in the
-order of `stream_pack`. A program's chunks of a layer are those of its tiles of w_qkv, w_out, w_gate_up, in which gate
+A chunk is 32 KB: so many rows of a tile, and so much of K, that every lane has 16 bytes of it eight times, in the order
+of `stream_pack`. A program's chunks of a layer are those of its tiles of w_qkv, w_out, w_gate_up, in which gate
 and up take turns, and w_down.
 
 Shapes: L layers, P programs, C rows of w_qkv, D width of the residual stream, K = N H width of the heads, F hidden
@@ -9,6 +9,7 @@ width.
 """
 
 from itertools import accumulate, pairwise
+from math import prod
 
 import torch
 import triton
@@ -18,12 +19,14 @@ from pi0exp.kernels.kernel import require
 from pi0exp.kernels.ring import CHUNK_ROWS, CHUNK_WIDTH, G
 from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, PAIRS, Weights, packed_tiles
 
-BK_D, BK_OUT, BK_F, BN = 32, 128, 128, 64
+BK_D, BK_OUT, BK_F, BN = 64, 256, 256, 64
 """Of K that a warp takes at a time, so that G warps and a tile's rows make a chunk; keys of a block."""
 
 
 def packed_ring(weights: Weights, H: int) -> Tensor:
-    """The chunks of all programs and layers, [L, P, CHUNKS, values], each program's in the order in which it takes.
+    """The chunks of all programs, [P, L, CHUNKS, values], each program's in the order in which it takes them.
+
+    What programs without a tile of w_qkv lack stands, as zeros, behind all of theirs.
 
     Raises ValueError where the widths do not fit, see `misfit`.
     """
@@ -36,15 +39,17 @@ def packed_ring(weights: Weights, H: int) -> Tensor:
     of_qkv = packed_tiles(qkv, 2 * pairs, groups, BK_D).view(L, -1, D // (groups * BK_D), size)
     # Gate and up of a step of K stand one behind the other.
     of_gate_up = packed_tiles(gate_up, hidden, groups, BK_D).view(L, P, 2, -1, size).transpose(2, 3).flatten(2, 3)
-    return torch.cat(
-        [
-            torch.nn.functional.pad(of_qkv, (0, 0, 0, 0, 0, P - of_qkv.shape[1])),
-            packed_tiles(weights.out_LDK, COLUMNS.value, groups, BK_OUT).view(L, P, -1, size),
-            of_gate_up,
-            packed_tiles(weights.down_LDF, COLUMNS.value, groups, BK_F).view(L, P, -1, size),
-        ],
-        dim=2,
-    )
+    of_all = [
+        torch.nn.functional.pad(of_qkv, (0, 0, 0, 0, 0, P - of_qkv.shape[1])),
+        packed_tiles(weights.out_LDK, COLUMNS.value, groups, BK_OUT).view(L, P, -1, size),
+        of_gate_up,
+        packed_tiles(weights.down_LDF, COLUMNS.value, groups, BK_F).view(L, P, -1, size),
+    ]
+    ring = torch.cat(of_all, dim=2).transpose(0, 1).contiguous()
+    lacking, without = of_qkv.shape[1:3]
+    theirs = ring[lacking:, :, without:].flatten(1)
+    ring[lacking:] = torch.nn.functional.pad(theirs, (0, L * without * size)).view_as(ring[lacking:])
+    return ring
 
 
 def query_heads(D: int, P: int, chunks: int, H: int) -> int:
@@ -55,24 +60,22 @@ def query_heads(D: int, P: int, chunks: int, H: int) -> int:
     return of_out * groups * BK_OUT // H
 
 
-def unpacked_ring(weights_LPCV: Tensor, D: int, H: int, C: int) -> Weights:
+def unpacked_ring(weights_PLCV: Tensor, D: int, H: int, C: int) -> Weights:
     """The weights as `packed_ring` was given them; C: rows of w_qkv."""
-    L, P, chunks, _ = weights_LPCV.shape
+    P, L, chunks, _ = weights_PLCV.shape
     F, K = HIDDEN_COLUMNS.value * P, query_heads(D, P, chunks, H) * H
-    found = [weights_LPCV.new_empty((L, *size)) for size in ((C, D), (D, K), (2 * F, D), (D, F))]
-    # Where each value of a layer went; 0 is what stands where a program has no tile.
-    counts = [0, *accumulate(weight[0].numel() for weight in found)]
+    sizes = [(L, C, D), (L, D, K), (L, 2 * F, D), (L, D, F)]
+    # Where each value went; 0 is what stands where a program has no tile.
+    ends = [0, *accumulate(prod(size) for size in sizes)]
+    device = weights_PLCV.device
     numbers = [
-        torch.arange(first + 1, last + 1, device=weights_LPCV.device).view(1, *weight.shape[1:])
-        for weight, (first, last) in zip(found, pairwise(counts), strict=True)
+        torch.arange(first + 1, last + 1, device=device).view(size)
+        for size, (first, last) in zip(sizes, pairwise(ends), strict=True)
     ]
-    places = packed_ring(Weights(*numbers), H).flatten()
-    for layer, packed in enumerate(weights_LPCV):
-        plain = packed.new_empty(counts[-1] + 1)
-        plain[places] = packed.flatten()
-        for weight, (first, last) in zip(found, pairwise(counts), strict=True):
-            weight[layer] = plain[first + 1 : last + 1].view(weight.shape[1:])
-    return Weights(*found)
+    plain = weights_PLCV.new_empty(ends[-1] + 1)
+    plain[packed_ring(Weights(*numbers), H).flatten()] = weights_PLCV.flatten()
+    parts = plain[1:].split([last - first for first, last in pairwise(ends)])
+    return Weights(*(part.view(size) for part, size in zip(parts, sizes, strict=True)))
 
 
 def misfit(D: int, H: int, F: int, N: int, heads: int) -> str:

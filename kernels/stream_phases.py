@@ -35,18 +35,34 @@ def meet(slots_ptr, slot, ALONE: tl.constexpr):
     """
     if not ALONE:
         everyone = tl.num_programs(0)
-        here = arrived(slots_ptr + slot)
-        while here < everyone:
-            here = arrived(slots_ptr + slot)
+        wait_until(slots_ptr + slot, everyone)
         if (tl.program_id(0) == 0) & (slot > 0):
             tl.store(slots_ptr + slot - 1, 0)
     tl.debug_barrier()
 
 
 @triton.jit
-def arrived(at):
+def wait_until(at, everyone):
+    """One thread asks, so that the others' questions do not stand in the way of who comes."""
     return tl.inline_asm_elementwise(
-        "ld.acquire.gpu.global.s32 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        """{
+        .reg .pred again;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        mov.u32 $0, 0;
+        setp.ne.u32 again, thread, 0;
+        @again bra GO;
+        AGAIN:
+        ld.acquire.gpu.global.s32 $0, [$1];
+        setp.lt.s32 again, $0, $2;
+        @again bra AGAIN;
+        GO:
+        }""",
+        "=&r,l,r",
+        [at, everyone],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 

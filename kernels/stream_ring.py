@@ -30,12 +30,10 @@ from pi0exp.kernels.kernel import AheadOfTime, Kernel, require
 from pi0exp.kernels.ring import (
     CHUNK_ROWS,
     CHUNK_WIDTH,
-    LIMIT,
     RING,
     ROWS,
     SLOTS,
     TILE_8,
-    WHERE,
     G,
     all_rows,
     ask,
@@ -54,15 +52,15 @@ from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, MIXED, PAIRS, We
 
 
 def stream_ring_reference(
-    tokens_BTD: Tensor, weights_LPCV: Tensor, scales_ND: Tensor, gates_ND: Tensor | None,
+    tokens_BTD: Tensor, weights_PLCV: Tensor, scales_ND: Tensor, gates_ND: Tensor | None,
     qkv_offsets_LC: Tensor | None, gate_up_offsets_LC: Tensor | None, cos_BT1H: Tensor, sin_BT1H: Tensor,
     rooms_LBSMH: Tensor, start: int, keys_BS: Tensor | None, blind: bool, scale: float, settled: int, eps: float,
     slots: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The maths of `stream_layers`, by the references of its launches."""
     (*_, D), (*_, heads, H) = tokens_BTD.shape, rooms_LBSMH.shape
-    N = query_heads(D, weights_LPCV.shape[1], weights_LPCV.shape[2], H)
-    weights = unpacked_ring(weights_LPCV, D, H, (N + heads) * H)
+    N = query_heads(D, weights_PLCV.shape[0], weights_PLCV.shape[2], H)
+    weights = unpacked_ring(weights_PLCV, D, H, (N + heads) * H)
     return layers_reference(
         tokens_BTD, weights, scales_ND, gates_ND, qkv_offsets_LC, gate_up_offsets_LC, cos_BT1H, sin_BT1H, rooms_LBSMH,
         start, keys_BS, blind, scale, settled, eps, slots,
@@ -96,11 +94,11 @@ def stream_ring_kernel(
     for i in gl.static_range(SLOTS):
         mbarrier.init(ready.index(i), count=1)
     barrier()
-    mine = gl.where(me < QKV_TILES, CHUNKS, CHUNKS - QKV)
-    total = mine * L
+    total = gl.where(me < QKV_TILES, CHUNKS, CHUNKS - QKV) * L
+    base = me * CHUNKS * L
     taken = gl.to_tensor(0)
     slot = gl.to_tensor(0)
-    asked = ask(weights, ring, ready, gl.to_tensor(0), taken, total, mine, SLOTS, TILES, CHUNKS)
+    ask(weights, ring, ready, taken, total, base, SLOTS)
     nothing = gl.zeros([ROWS, COLUMNS], gl.float32, layout=TILE_8)
     add(nothing, me, None, tokens_ptr, scales_ptr, x_ptr, xs_ptr, end_ptr, squares_ptr, M, 0, D, BK_D)
     come(slots_ptr, slot)
@@ -114,21 +112,16 @@ def stream_ring_kernel(
         meet(slots_ptr, slot)
         if me < QKV_TILES:
             xq = all_rows(xs_ptr, M, D, BK_D)
-            if WHERE == 1:
-                asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
             project(
                 xq, ring, ready, taken, me, squares_ptr, offsets, cos_ptr, sin_ptr, q_ptr, room_k, room_v, M, start,
                 eps, cos_T, sin_T, rooms_S, rooms_S, D, HEADS, HEADS_KV, H, BK_D, TILES,
             )  # fmt: skip
             taken += QKV
-        else:
-            if WHERE == 1:
-                asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
 
         slot += 1
         come(slots_ptr, slot)
-        if WHERE == 0:
-            asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
+        if me < QKV_TILES:
+            ask(weights, ring, ready, taken - QKV + SLOTS, total, base, QKV)
 
         # Attention: rows of a head against blocks of keys. What stood in the cache before is read before the meeting.
         item = me
@@ -136,8 +129,6 @@ def stream_ring_kernel(
         k = block_of(room_k, first, 0, settled, rooms_S, head_kv, H, BN)
         v = block_of(room_v, first, 0, settled, rooms_S, head_kv, H, BN)
         meet(slots_ptr, slot)
-        if WHERE == 1:
-            asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
         if (item < HEADS * parts) & (first + BN > settled):
             k += block_of(room_k, first, settled, S, rooms_S, head_kv, H, BN)
             v += block_of(room_v, first, settled, S, rooms_S, head_kv, H, BN)
@@ -164,8 +155,6 @@ def stream_ring_kernel(
             gates += 2 * layer * gates_N
         meet(slots_ptr, slot)
         xo = all_rows(mixed_ptr, M, K, BK_OUT)
-        if WHERE == 1:
-            asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
         y = narrow_product(xo, ring, ready, taken, K, BK_OUT)
         add(
             y, me, gates, x_ptr, scales_ptr + (2 * layer + 1) * scales_N, x_ptr, xs_ptr, end_ptr, squares_ptr, M, 0, D,
@@ -175,8 +164,7 @@ def stream_ring_kernel(
 
         slot += 1
         come(slots_ptr, slot)
-        if WHERE == 0:
-            asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
+        ask(weights, ring, ready, taken - OUT + SLOTS, total, base, OUT)
 
         # The hidden layer.
         offsets = gate_up_offsets_ptr
@@ -184,8 +172,6 @@ def stream_ring_kernel(
             offsets += layer * gate_up_offsets_L
         meet(slots_ptr, slot)
         xh = all_rows(xs_ptr, M, D, BK_D)
-        if WHERE == 1:
-            asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
         hide(
             xh, ring, ready, taken, me, squares_ptr, offsets, hidden_ptr, M, eps, D, F, BK_D, BK_F, TILES
         )  # fmt: skip
@@ -193,15 +179,12 @@ def stream_ring_kernel(
 
         slot += 1
         come(slots_ptr, slot)
-        if WHERE == 0:
-            asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
+        ask(weights, ring, ready, taken - GATE_UP + SLOTS, total, base, GATE_UP)
         gates = gates_ptr
         if gates is not None:
             gates += (2 * layer + 1) * gates_N
         meet(slots_ptr, slot)
         xd = all_rows(hidden_ptr, M, F, BK_F)
-        if WHERE == 1:
-            asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
         y = narrow_product(xd, ring, ready, taken, F, BK_F)
         add(
             y, me, gates, x_ptr, scales_ptr + (2 * layer + 2) * scales_N, x_ptr, xs_ptr, end_ptr, squares_ptr, M,
@@ -211,14 +194,13 @@ def stream_ring_kernel(
         slot += 1
         if layer < L - 1:
             come(slots_ptr, slot)
-            if WHERE == 0:
-                asked = ask(weights, ring, ready, asked, taken, total, mine, LIMIT, TILES, CHUNKS)
+            ask(weights, ring, ready, taken - DOWN + SLOTS, total, base, DOWN)
     leave(slots_ptr, slot - 1)
 
 
 @torch.library.custom_op("pi0exp::stream_ring", mutates_args=("rooms_LBSMH", "slots"))
 def stream_ring(
-    tokens_BTD: Tensor, weights_LPCV: Tensor, scales_ND: Tensor, gates_ND: Tensor | None,
+    tokens_BTD: Tensor, weights_PLCV: Tensor, scales_ND: Tensor, gates_ND: Tensor | None,
     qkv_offsets_LC: Tensor | None, gate_up_offsets_LC: Tensor | None, cos_BT1H: Tensor, sin_BT1H: Tensor,
     rooms_LBSMH: Tensor, start: int, keys_BS: Tensor | None, blind: bool, scale: float, settled: int, eps: float,
     slots: Tensor,
@@ -227,15 +209,15 @@ def stream_ring(
 
     weights: of `packed_ring`, bf16. All other arguments as in `stream_layers`. Raises ValueError.
     """
-    (B, T, D), (L, P, chunks, values) = tokens_BTD.shape, weights_LPCV.shape
+    (B, T, D), (P, L, chunks, values) = tokens_BTD.shape, weights_PLCV.shape
     _, _, R, heads, H = rooms_LBSMH.shape
     K, F, N = heads // 2, HIDDEN_COLUMNS.value * P, query_heads(D, P, chunks, H)
     C = (N + heads) * H
     require(B == 1 and ROWS.value >= T, f"tokens are {list(tokens_BTD.shape)}: not [1, at most {ROWS.value}, D]")
     require(N > 0 and N % K == 0, f"{N} heads of {H} on {K}")
     require(not (why := misfit(D, H, F, N, N + heads)), why)
-    fits = values == CHUNK_ROWS.value * CHUNK_WIDTH.value and weights_LPCV.is_contiguous()
-    require(fits and weights_LPCV.dtype is torch.bfloat16 and D // COLUMNS.value == P, "weights are not of packed_ring")
+    fits = values == CHUNK_ROWS.value * CHUNK_WIDTH.value and weights_PLCV.is_contiguous()
+    require(fits and weights_PLCV.dtype is torch.bfloat16 and D // COLUMNS.value == P, "weights are not of packed_ring")
     require(tokens_BTD.is_contiguous() and tokens_BTD.is_floating_point(), "tokens are not contiguous floats")
     for name, table, fit in (
         ("scales", scales_ND, (2 * L + 1, D)), ("gates", gates_ND, (2 * L, D)), ("offsets", qkv_offsets_LC, (L, C)),
@@ -253,7 +235,7 @@ def stream_ring(
     check_counters(slots, PHASES * L + 1)
     parts = triton.cdiv(start + T, BN)
     x, end, q, xs, mixed, hidden = (
-        weights_LPCV.new_empty(size)
+        weights_PLCV.new_empty(size)
         for size in ((T, D), (1, T, D), (T, N * H), (ROWS.value, D), (ROWS.value, N * H), (ROWS.value, F))
     )
     acc = tokens_BTD.new_empty((N, parts, ROWS.value, H), dtype=torch.float32)
@@ -261,7 +243,7 @@ def stream_ring(
     squares = tokens_BTD.new_empty((D // COLUMNS.value, T), dtype=torch.float32)
     block = [CHUNK_ROWS.value, CHUNK_WIDTH.value]
     stream_ring_kernel[(P,)](
-        weights=TensorDescriptor.from_tensor(weights_LPCV.view(-1, CHUNK_WIDTH.value), block, RING.value),
+        weights=TensorDescriptor.from_tensor(weights_PLCV.view(-1, CHUNK_WIDTH.value), block, RING.value),
         tokens_ptr=tokens_BTD, x_ptr=x, xs_ptr=xs, end_ptr=end, squares_ptr=squares, scales_ptr=scales_ND,
         gates_ptr=gates_ND, qkv_offsets_ptr=qkv_offsets_LC, gate_up_offsets_ptr=gate_up_offsets_LC, cos_ptr=cos_BT1H,
         sin_ptr=sin_BT1H, rooms_ptr=rooms_LBSMH, keys_ptr=slots if keys_BS is None else keys_BS, q_ptr=q, acc_ptr=acc,

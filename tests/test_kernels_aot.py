@@ -10,6 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from pi0exp.kernels import gather
 from pi0exp.kernels.kernel import INTERPRETED, AheadOfTime, discover
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET is set: nothing is compiled")
@@ -25,6 +26,7 @@ EVERY_DAY = {
     ("rms_norm", "prefill"): ("gfx942", "sm_90"),
     ("add_adarms_norm", "denoise"): ("gfx950",),
     ("add_layer_norm", "vision"): ("gfx942",),
+    ("gather", "bytes"): ("gfx942", "sm_90"),
     ("gated_activation", "denoise"): ("gfx950",),
     ("rope_qkv_cached", "denoise"): ("gfx942", "sm_90"),
     ("gemm", "bias + residual + scale"): ("gfx950",),
@@ -35,9 +37,8 @@ EVERY_DAY = {
     ("stream_ring", "adaptive, hidden keys"): ("sm_90",),
 }
 """Kernel and entry -> targets that are compiled in every run; all others are `slow`."""
-EVERY = [
-    (name, entry, target) for name, k in discover().items() for entry in k.ahead_of_time for target in entry.targets
-]
+ENTRIES = {name: kernel.ahead_of_time for name, kernel in discover().items()} | {"gather": gather.AHEAD_OF_TIME}
+EVERY = [(name, entry, target) for name, entries in ENTRIES.items() for entry in entries for target in entry.targets]
 
 
 def compile_for(entry: AheadOfTime, target: str) -> CompiledKernel:

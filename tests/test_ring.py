@@ -37,13 +37,15 @@ def tile(chunks_CV: Tensor, rows: int, width: int) -> Tensor:
 
 @pytest.mark.parametrize("program", [0, 5, 79, 80, 127])
 def test_a_program_has_the_rows_of_its_tiles(program: int, weights: Weights, ring: Tensor):
-    chunks = ring[1, program].split([QKV, OUT, GATE_UP, DOWN])
-    head, first = program // 8, program % 8 * 16
+    own = QKV if program < C // 32 else 0
+    count = own + OUT + GATE_UP + DOWN
+    _, second, behind = ring[program].flatten(0, 1).split([count, count, L * (ring.shape[2] - count)])
+    assert not behind.any()
+    chunks = second.split([own, OUT, GATE_UP, DOWN])
     if program < C // 32:
-        pairs = weights.qkv_LCD[1].view(C // H, 2, H // 2, D)[head, :, first : first + 16].flatten(0, 1)
+        head, pair = program // 8, program % 8 * 16
+        pairs = weights.qkv_LCD[1].view(C // H, 2, H // 2, D)[head, :, pair : pair + 16].flatten(0, 1)
         assert torch.equal(tile(chunks[0], 32, BK_D), pairs)
-    else:
-        assert not chunks[0].any()
     columns = slice(8 * program, 8 * program + 8)
     assert torch.equal(tile(chunks[1], 8, BK_OUT), weights.out_LDK[1, columns])
     assert torch.equal(tile(chunks[3], 8, BK_F), weights.down_LDF[1, columns])

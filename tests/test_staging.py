@@ -1,9 +1,11 @@
-"""Calls that begin and end on the host: the same actions, by one copy in and one copy out.
+"""Inputs that a graph finds by their addresses, and calls that begin and end on the host.
 
 Shapes: B batch, C horizon, A action dim.
 """
 
+import ctypes
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from pi0exp.graphs.manual import Manual
 from pi0exp.graphs.none import NoGraph
 from pi0exp.graphs.split import Split
-from pi0exp.graphs.staging import Packed, StagedRecording
+from pi0exp.graphs.staging import Addresses, Packed, StagedRecording
 from pi0exp.model.observation import scaled
 from pi0exp.option import Option
 
@@ -71,23 +73,77 @@ def test_packed_tensors_are_apart_and_aligned():
     assert all(torch.equal(own, tensor) for own, tensor in zip(copy.tensors, LIKE, strict=True))
 
 
+class Kernel:
+    """Stands in for `pi0exp.kernels.gather.gather`, which `test_kernels` runs: reads addresses, and answers."""
+
+    def __init__(self) -> None:
+        self.answers = True
+
+    def __call__(self, table: Tensor, places: Tensor, out: Tensor, mail: Tensor, most: int) -> None:
+        assert most == int(places[:, 1].max())
+        for (start, size), address in zip(places.tolist(), table.tolist(), strict=True):
+            out[start : start + size] = torch.frombuffer(bytearray(ctypes.string_at(address, size)), dtype=torch.uint8)
+        if self.answers:
+            mail[1] = mail[0]
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    kernel = Kernel()
+    monkeypatch.setattr("pi0exp.kernels.gather.gather", kernel)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    return kernel
+
+
+SOME = [LIKE[0], LIKE[1], LIKE[3]]
+
+
 @pytest.mark.parametrize(
     "given",
-    [
-        LIKE,
-        [tensor.to(torch.float64) for tensor in LIKE],  # of another type: converted, as by copy_
-        # As wide as three words, but not where words begin.
-        [torch.arange(25, dtype=torch.uint8)[1:].view(torch.uint8), *LIKE[1:]],
-    ],
-    ids=["as they are", "another type", "beside a word"],
+    [SOME, [tensor.to(torch.float64) for tensor in SOME], [torch.arange(8)[2:5], *SOME[1:]]],
+    ids=["as they are", "another type", "part of a tensor"],
 )
-def test_tensors_are_copied_at_once_whatever_they_are(given: list[Tensor]):
-    like = [given[0] if given[0].dtype == torch.uint8 else LIKE[0], *LIKE[1:]]
-    one, other = (Packed(like, torch.device("cpu")) for _ in range(2))
+def test_inputs_are_found_by_their_addresses(given: list[Tensor], kernel: Kernel):
+    one, other = (Packed(SOME, torch.device("cpu")) for _ in range(2))
     one.fill(given)
-    other.fill_at_once(given)
-    assert one.buffer.any()
-    assert torch.equal(one.buffer, other.buffer)
+    addresses = Addresses(other)
+    for _ in range(2):
+        other.buffer.zero_()
+        addresses.write(given)
+        addresses.gather()
+        assert torch.equal(one.buffer, other.buffer)
+
+
+def test_addresses_are_not_overwritten_before_they_were_read(kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
+    inputs = Packed(SOME, torch.device("cpu"))
+    addresses, kernel.answers, asked = Addresses(inputs), False, []
+
+    def query() -> bool:
+        """The device is at work, and done the third time it is asked."""
+        asked.append(addresses._host_table.tolist())
+        if len(asked) == 3:
+            kernel.answers = True
+            addresses.gather()
+        return kernel.answers
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=query))
+    addresses.write(SOME)
+    first = addresses._host_table.tolist()
+    addresses.gather()
+    addresses.write([tensor.clone() for tensor in SOME])
+    assert asked == [first] * 3
+    assert addresses._host_table.tolist() != first
+
+
+def test_an_error_of_the_device_ends_the_waiting(kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
+    def query() -> bool:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    addresses, kernel.answers = Addresses(Packed(SOME, torch.device("cpu"))), False
+    addresses.write(SOME)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(query=query))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        addresses.write(SOME)
 
 
 @pytest.mark.usefixtures("pretended")
@@ -109,7 +165,7 @@ def test_a_wrong_call_from_the_host_is_found(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
 @pytest.mark.parametrize("cameras", ["[true,true,true]", "[true,false,true]"])
-def test_manual_on_a_gpu_copies_once_in_and_once_out(cameras: str):
+def test_manual_on_a_gpu_launches_a_graph_and_copies_once(cameras: str):
     words = ("graphs=manual", "image_masking=skip", f"workload.cameras_present={cameras}")
     instance = subject_of(*SHALLOW, *words).build(torch.device("cuda", 0), 2, lambda t: None)
     assert instance.verdict.wrong == []
@@ -119,5 +175,18 @@ def test_manual_on_a_gpu_copies_once_in_and_once_out(cameras: str):
         instance.call_host(1)
     names = [event.name for event in recorded.events()]
     copies = [name for name in names if name.startswith("Memcpy") and ("HtoD" in name or "DtoH" in name)]
-    assert sorted(copies) == ["Memcpy DtoH (Device -> Pinned)", "Memcpy HtoD (Pinned -> Device)"]
+    assert copies == ["Memcpy DtoH (Device -> Pinned)"]  # what comes in is read by the graph's first kernel
+    assert sum(name.startswith("gather_kernel") for name in names) == 1
     assert sum("GraphLaunch" in name for name in names) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use")
+def test_calls_that_nobody_waits_for_have_their_own_inputs():
+    """The host is ahead of the GPU, and overwrites what it was told by address only when that was read."""
+    instance = subject_of(*SHALLOW, "graphs=manual").build(torch.device("cuda", 0), 8, lambda t: None)
+    policy, items = instance.policy, instance.device_items
+    expected = [policy.sample_actions(*item).clone() for item in items]
+    found = [policy.sample_actions(*items[i % 8]) for i in range(64)]
+    torch.cuda.synchronize()
+    assert all(torch.equal(actions, expected[i % 8]) for i, actions in enumerate(found))
