@@ -47,18 +47,18 @@ def test_any_observation(group: int):
     check_observations(group, "stack=9_blocks", horizons=50, batches=4)
 
 
-@pytest.mark.parametrize("stack", ["10_persistent", "11_ring"])
+@pytest.mark.parametrize("words", ["stack=10_persistent", "stack=10_persistent fusion=hopper fusion.ring=true"])
 @pytest.mark.parametrize("group", range(GROUPS, GROUPS + 6))
-def test_any_observation_in_one_launch(stack: str, group: int):
-    check_observations(group, f"stack={stack}", horizons=15, batches=1)
+def test_any_observation_in_one_launch(words: str, group: int):
+    check_observations(group, words, horizons=15, batches=1)
 
 
-def check_observations(group: int, stack: str, horizons: int, batches: int) -> None:
+def check_observations(group: int, words: str, horizons: int, batches: int) -> None:
     """Cameras of each row, lengths of prompts from 0 to 200, batch and horizon: as close to the truth as
     plain bf16, allowed REORDERED's factor, on every row."""
     draw, device = random.Random(group), torch.device("cuda", 0)
     horizon, model = draw.randint(1, horizons), ("pi0", "pi05")[group % 2]
-    made = shallow(stack, f"model={model}", f"workload.horizon={horizon}", "workload.num_steps=2")
+    made = shallow(*words.split(), f"model={model}", f"workload.horizon={horizon}", "workload.num_steps=2")
     plain, truth = (made.plain_policy(one, device) for one in (made.precision.model, made.precision.truth))
     policy = made.policy(device)
     for _ in range(DRAWS):
@@ -78,11 +78,15 @@ def check_observations(group: int, stack: str, horizons: int, batches: int) -> N
 @pytest.mark.parametrize("model", ["pi0", "pi05"])
 @pytest.mark.parametrize(
     ("stack", "horizon"),
-    [(stack, horizon) for stack in ("9_blocks", "10_persistent", "11_ring", "12_epilogue") for horizon in (10, 50)],
+    [
+        (stack, horizon)
+        for stack in ("9_blocks", "10_persistent", "10_persistent fusion=hopper", "10_persistent fusion.ring=true")
+        for horizon in (10, 50)
+    ],
 )
 def test_verified(model: str, stack: str, horizon: int):
     for workload in ("default", "masked"):
-        words = (f"stack={stack}", f"model={model}", f"workload={workload}", f"workload.horizon={horizon}")
+        words = (*f"stack={stack}".split(), f"model={model}", f"workload={workload}", f"workload.horizon={horizon}")
         assert shallow(*words).build(torch.device("cuda", 0), 8, lambda text: None).verdict.wrong == []
 
 
