@@ -82,8 +82,8 @@ def test_option_computes_the_same_actions(group: str, name: str, model: str):
 
 @pytest.mark.parametrize(("group", "name"), [option for option in OPTIONS if lacking(*option)])
 def test_option_says_what_it_lacks(group: str, name: str):
-    # A short form names the setting that it stands for.
-    assert all(re.match(rf"{group}: (library=\w+ )?needs ", reason) for reason in lacking(group, name))
+    # A short form names the setting that it stands for, a set of switches the one that needs it.
+    assert all(re.match(rf"{group}: (\w+(=\w+)? )?needs ", reason) for reason in lacking(group, name))
     assert any("no GPU that torch can use" in reason for reason in lacking(group, name))
 
 
