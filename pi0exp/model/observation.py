@@ -66,7 +66,7 @@ class Observation:
             )
         if not names == tuple(self.camera_masks) == tuple(self.cameras_present):
             raise UserError("observation.images, .camera_masks and .cameras_present name different cameras")
-        wanted, scaled = {}, self.scaled
+        wanted, scaled, device = {}, self.scaled, self.device
         for (name, image), size in zip(self.images.items(), self.image_sizes, strict=True):
             form = (torch.float32, (batch, 3, *size)) if scaled else (torch.uint8, (batch, *size, 3))
             wanted[f"images[{name}]"] = (image, *form)
@@ -75,10 +75,10 @@ class Observation:
         wanted["prompt_BL"] = (self.prompt_BL, torch.int64, (batch, self.prompt_padded))
         wanted["prompt_mask_BL"] = (self.prompt_mask_BL, torch.bool, (batch, self.prompt_padded))
         for name, (tensor, dtype, shape) in wanted.items():
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device != self.device:
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device != device:
                 raise UserError(
                     f"observation.{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device};"
-                    f" wanted {dtype} {list(shape)} on {self.device}"
+                    f" wanted {dtype} {list(shape)} on {device}"
                 )
         if any(len(present) != batch for present in self.cameras_present.values()) or len(self.prompt_lengths) != batch:
             raise UserError(f"observation's host facts are not of {batch} rows, the size of its batch")
@@ -227,8 +227,11 @@ def observation_from_arrays(
     if not (token_mask == (np.arange(tokens.shape[1])[None] < lengths[:, None])).all():
         raise UserError("observation token_mask is not a run of True followed by False: padding stands at the right")
 
+    on_host = torch.device(device).type == "cpu"
+
     def put(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device).to(dtype)
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor if on_host and tensor.dtype == dtype else tensor.to(device, dtype)
 
     return Observation(
         images={name: put(images[name], torch.uint8) for name in CAMERAS},
