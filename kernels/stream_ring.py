@@ -6,9 +6,9 @@ layer. Here each program has the chunks of its weights, 32 KB each, in one row i
 them, and the GPU's copy engine brings them into a ring of SLOTS chunks. What was multiplied makes room for what comes
 SLOTS chunks later, up to two thirds of a layer ahead, across all meetings.
 
-Its first form, with chunks of 16 KB that were asked for one by one in a loop, was right, and slower than `stream_layers`
-by 6 %: each asking took 0.6 us (experiments/speed.md). This form asks for all that a phase took behind one fence; it has
-not run.
+Its first form, with chunks of 16 KB that were asked for one by one in a loop, was right, and slower than
+`stream_layers` by 6 %: each asking took 0.6 us (experiments/speed.md). This form asks for all that a phase took behind
+one fence; it has not run.
 
 One program a tile: D / COLUMNS = F / HIDDEN_COLUMNS programs, all at once. For one observation, at most ROWS rows, in
 bf16, on NVIDIA GPUs from Hopper on. It is written in Gluon, which no interpreter runs: off such a GPU only its

@@ -32,7 +32,8 @@ class MeasureConfig:
     ci_share: go on sampling until half the confidence interval of the median is within this share of it; None: as many
     calls as `samples` says. paced_interval_ms: also measure calls that begin so often; None: no such pass. power_s: of
     calls back to back for power and energy; 0: no such pass. reuse_ceilings: take what this GPU was measured to reach
-    within the last week; false: measure it again.
+    within the last week; false: measure it again. reuse_truth: take what actions are held against from a point with the
+    same code, machine, weights and inputs; false: compute it again.
     keep_trace: store the profiler's trace with the run.
     explain: say what a measurement would do, and stop.
     """
@@ -55,6 +56,7 @@ class MeasureConfig:
     keep_trace: bool = True
     ceilings_s: float = 2.0
     reuse_ceilings: bool = True
+    reuse_truth: bool = True
     timeout_s: float = 3600.0
     explain: bool = False
 

@@ -14,10 +14,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from pi0exp import build, config, roofline, stack_work, verify
+from pi0exp import build, config, roofline, stack_work, truths, verify
 from pi0exp.checked import apply_checked
 from pi0exp.graphs.capture import Capture, launched_one_by_one
-from pi0exp.machine import Machine
+from pi0exp.machine import Machine, this_machine
 from pi0exp.model.checkpoint import Checkpoint, find_checkpoint
 from pi0exp.model.config import ModelConfig
 from pi0exp.model.names import parameter_shapes
@@ -47,12 +47,15 @@ class PolicySubject:
     workload: Workload
     stack: config.Stack
     observations: int = 8
+    reuse_truth: bool = False
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Self:
         dimensions, weights = config.model(plain)
-        observations = config.measure(plain).observations if "measure" in plain else cls.observations
-        return cls(dimensions, weights, config.workload(plain), config.stack(plain), observations)
+        measure = config.measure(plain) if "measure" in plain else None
+        observations = measure.observations if measure else cls.observations
+        reuse = measure.reuse_truth if measure else cls.reuse_truth
+        return cls(dimensions, weights, config.workload(plain), config.stack(plain), observations, reuse)
 
     def params(self) -> dict[str, str]:
         given = {name: value for name, value in vars(self.workload).items() if name != "name" and value is not None}
@@ -153,7 +156,7 @@ class PolicySubject:
         given = verification_inputs(self.workload, self.dimensions, self.normalization, self.observations)
         checks = self.on_device(given, device)
         progress("verify: truth")
-        truth = self.truth(checks, device)
+        truth, of_truth = self.truth_of(given, checks, device)
 
         progress("build")
         startup_s = {"build": 0.0, "first_call": 0.0}
@@ -181,7 +184,7 @@ class PolicySubject:
         failures = [*done.failures, *self.from_host(policy, given, done.found)]
         verdict = judge(done.found, exact_failures=failures)
         made = self.inputs(inputs)
-        facts = made.facts | {"weights": "random" if self.checkpoint is None else "checkpoint"}
+        facts = made.facts | {"weights": "random" if self.checkpoint is None else "checkpoint", "truth": of_truth}
         resident = self.on_device(made.items, device)
         return PolicyInstance(
             self, policy, verdict, startup_s, facts, made.items, resident, lambda: judge(run(policy, checks))
@@ -197,6 +200,16 @@ class PolicySubject:
     def act(self, policy: Policy, item: HostInput) -> Tensor:
         """Host arrays to actions on the host, float32 [B, horizon, A]."""
         return policy.act(item.observation(self.dimensions, "cpu"), torch.from_numpy(item.noise))
+
+    def truth_of(
+        self, given: Sequence[HostInput], checks: Sequence[DeviceInput], device: torch.device
+    ) -> tuple[list[Tensor], str]:
+        """The truth, and when it was computed. Kept only on a GPU, where it takes time, and for weights from a seed."""
+        if not self.reuse_truth or device.type == "cpu" or self.checkpoint is not None:
+            return self.truth(checks, device), "computed in this run"
+        what = self.dimensions, self.weights.seed, self.precision, self.workload.horizon, self.workload.num_steps
+        key = truths.key_of(this_machine(), what, given)
+        return truths.kept(truths.TruthFolder.default(), key, lambda: self.truth(checks, device))
 
     def truth(self, checks: Sequence[DeviceInput], device: torch.device) -> list[Tensor]:
         """The actions that all others are judged by; the model that computes them is gone afterwards."""

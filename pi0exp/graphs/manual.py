@@ -17,7 +17,7 @@ from pi0exp.policy import DeviceCall, Policy
 
 @dataclass(frozen=True)
 class Manual(Capture):
-    """Capture once, copy inputs into place, replay."""
+    """Capture once, tell the graph where its inputs are, replay."""
 
     def apply(self, policy: Policy) -> None:
         tally = Tally()
