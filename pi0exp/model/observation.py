@@ -66,19 +66,22 @@ class Observation:
             )
         if not names == tuple(self.camera_masks) == tuple(self.cameras_present):
             raise UserError("observation.images, .camera_masks and .cameras_present name different cameras")
-        wanted, scaled, device = {}, self.scaled, self.device
-        for (name, image), size in zip(self.images.items(), self.image_sizes, strict=True):
-            form = (torch.float32, (batch, 3, *size)) if scaled else (torch.uint8, (batch, *size, 3))
-            wanted[f"images[{name}]"] = (image, *form)
-        wanted |= {f"camera_masks[{name}]": (mask, torch.bool, (batch,)) for name, mask in self.camera_masks.items()}
-        wanted["state_BA"] = (self.state_BA, torch.float32, (batch, *self.state_BA.shape[1:]))
-        wanted["prompt_BL"] = (self.prompt_BL, torch.int64, (batch, self.prompt_padded))
-        wanted["prompt_mask_BL"] = (self.prompt_mask_BL, torch.bool, (batch, self.prompt_padded))
-        for name, (tensor, dtype, shape) in wanted.items():
-            if tensor.dtype != dtype or tuple(tensor.shape) != shape or tensor.device != device:
+        device, padded = self.device, self.prompt_padded
+        picture, shape = (torch.float32, (batch, 3)) if self.scaled else (torch.uint8, (batch,))
+        behind = () if self.scaled else (3,)
+        wanted: list[tuple[str, str, Tensor, torch.dtype, tuple[int, ...]]] = [
+            ("state_BA", "", self.state_BA, torch.float32, (batch, *self.state_BA.shape[1:])),
+            ("prompt_BL", "", self.prompt_BL, torch.int64, (batch, padded)),
+            ("prompt_mask_BL", "", self.prompt_mask_BL, torch.bool, (batch, padded)),
+        ]
+        for name, size in zip(names, self.image_sizes, strict=True):
+            wanted.append(("images", name, self.images[name], picture, (*shape, *size, *behind)))
+            wanted.append(("camera_masks", name, self.camera_masks[name], torch.bool, (batch,)))
+        for what, name, tensor, dtype, form in wanted:
+            if tensor.dtype != dtype or tensor.shape != form or tensor.device != device:
                 raise UserError(
-                    f"observation.{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device};"
-                    f" wanted {dtype} {list(shape)} on {device}"
+                    f"observation.{what}{name and f'[{name}]'} is {tensor.dtype} {list(tensor.shape)}"
+                    f" on {tensor.device}; wanted {dtype} {list(form)} on {device}"
                 )
         if any(len(present) != batch for present in self.cameras_present.values()) or len(self.prompt_lengths) != batch:
             raise UserError(f"observation's host facts are not of {batch} rows, the size of its batch")
@@ -182,7 +185,7 @@ def observation_from_arrays(
     True for real tokens, which stand first. Raises UserError that names what does not fit.
     """
     state = _array("state", state)
-    if state.ndim != 2 or state.shape[1] != config.action_dim or not np.issubdtype(state.dtype, np.floating):
+    if state.ndim != 2 or state.shape[1] != config.action_dim or state.dtype.kind != "f":
         raise UserError(
             f"observation state is {state.dtype} {list(state.shape)}; wanted floating [batch, {config.action_dim}]"
         )
@@ -206,7 +209,7 @@ def observation_from_arrays(
         if image.dtype != np.uint8 or image.shape != (batch, size, size, 3):
             found, wanted = f"{image.dtype} {list(image.shape)}", f"uint8 {[batch, size, size, 3]}"
             raise UserError(f"observation images[{name}] is {found}; wanted {wanted}")
-        mask = _array(f"image_masks[{name}]", image_masks.get(name, np.ones(batch, bool)))
+        mask = _array(f"image_masks[{name}]", image_masks[name]) if name in image_masks else np.ones(batch, bool)
         if mask.dtype != np.bool_ or mask.shape != (batch,):
             raise UserError(
                 f"observation image_masks[{name}] is {mask.dtype} {list(mask.shape)}; wanted bool [{batch}]"
@@ -214,7 +217,7 @@ def observation_from_arrays(
         present[name] = mask
 
     tokens, token_mask = _array("tokens", tokens), _array("token_mask", token_mask)
-    if tokens.ndim != 2 or tokens.shape[0] != batch or not np.issubdtype(tokens.dtype, np.integer):
+    if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.dtype.kind not in "iu":
         raise UserError(f"observation tokens is {tokens.dtype} {list(tokens.shape)}; wanted integer [{batch}, length]")
     if token_mask.dtype != np.bool_ or token_mask.shape != tokens.shape:
         raise UserError(
@@ -223,8 +226,7 @@ def observation_from_arrays(
     if tokens.size and not (tokens.min() >= 0 and tokens.max() < config.vocab_size):
         bad = tokens[(tokens < 0) | (tokens >= config.vocab_size)][0]
         raise UserError(f"observation token {bad} is outside of the vocabulary of {config.vocab_size} tokens")
-    lengths = token_mask.sum(axis=1)
-    if not (token_mask == (np.arange(tokens.shape[1])[None] < lengths[:, None])).all():
+    if (token_mask[:, 1:] > token_mask[:, :-1]).any():
         raise UserError("observation token_mask is not a run of True followed by False: padding stands at the right")
 
     on_host = torch.device(device).type == "cpu"
@@ -239,8 +241,8 @@ def observation_from_arrays(
         state_BA=put(state.astype(np.float32), torch.float32),
         prompt_BL=put(tokens, torch.int64),
         prompt_mask_BL=put(token_mask, torch.bool),
-        cameras_present={name: tuple(bool(bit) for bit in mask) for name, mask in present.items()},
-        prompt_lengths=tuple(int(length) for length in lengths),
+        cameras_present={name: tuple(mask.tolist()) for name, mask in present.items()},
+        prompt_lengths=tuple(token_mask.sum(axis=1).tolist()),
     )
 
 
