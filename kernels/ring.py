@@ -54,20 +54,30 @@ SQUARES = gl.constexpr(gl.BlockedLayout([1, 1], [16, 2], [1, 8], [0, 1]))
 
 
 @gluon.jit
-def come(slots_ptr, slot):
+def come(slots_ptr, slot, clocks_ptr):
     """This program has written what others are to read, and read all that it takes from the ring."""
+    if clocks_ptr is not None:
+        stamp(clocks_ptr, 2 * slot)
     barrier()  # one thread counts for all of them, so all must have stored
     gl.atomic_add(slots_ptr + slot, 1, sem="release")
 
 
 @gluon.jit
-def meet(slots_ptr, slot):
+def meet(slots_ptr, slot, clocks_ptr):
     """Returns when all programs of the grid have come, and shows each what the others had written."""
     everyone = gl.num_programs(0)
     wait_until(slots_ptr + slot, everyone)
     if (gl.program_id(0) == 0) & (slot > 0):
         gl.store(slots_ptr + slot - 1, 0)
     barrier()
+    if clocks_ptr is not None:
+        stamp(clocks_ptr, 2 * slot + 1)
+
+
+@gluon.jit
+def stamp(clocks_ptr, i):
+    now = gl.inline_asm_elementwise("mov.u64 $0, %clock64; // $1", "=l,r", [i], dtype=gl.int64, is_pure=False, pack=1)
+    gl.store(clocks_ptr + i * gl.num_programs(0) + gl.program_id(0), now)
 
 
 @gluon.jit

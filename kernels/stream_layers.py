@@ -92,7 +92,7 @@ def layers_reference(
 def stream_layers_kernel(
     tokens_ptr, x_ptr, xs_ptr, end_ptr, squares_ptr, qkv_ptr, out_ptr, gate_up_ptr, down_ptr,
     scales_ptr, gates_ptr, qkv_offsets_ptr, gate_up_offsets_ptr, cos_ptr, sin_ptr, rooms_ptr, keys_ptr,
-    q_ptr, acc_ptr, stats_ptr, mixed_ptr, hidden_ptr, slots_ptr,
+    q_ptr, acc_ptr, stats_ptr, mixed_ptr, hidden_ptr, slots_ptr, clocks_ptr,
     M, start, settled, parts, L, scale, eps, scales_N, gates_N, qkv_offsets_L, gate_up_offsets_L, cos_T, sin_T,
     rooms_L, rooms_S,
     D: tl.constexpr, HEADS: tl.constexpr, HEADS_KV: tl.constexpr, H: tl.constexpr, F: tl.constexpr,
@@ -122,12 +122,12 @@ def stream_layers_kernel(
                 nothing, me + turn * PROGRAMS, None, tokens_ptr, scales_ptr, x_ptr, xs_ptr, end_ptr, squares_ptr,
                 M, 0, D, G, BK_D,
             )  # fmt: skip
-    come(slots_ptr, slot, ALONE)
+    come(slots_ptr, slot, clocks_ptr, ALONE)
     for layer in range(L):
         # Queries, keys, values.
         weight = qkv_ptr + tl.cast(layer, tl.int64) * (QKV_TILES * 2 * PAIRS * D)
         tiles = held((), weight, me, QKV_TILES, PROGRAMS, 2 * PAIRS, D, G, BK_D, 0, STEPS)
-        meet(slots_ptr, slot, ALONE)
+        meet(slots_ptr, slot, clocks_ptr, ALONE)
         by_row = inverse_rms(squares_ptr, m_M, M, D, eps, TILES, TILES)
         room_k = rooms_ptr + tl.cast(layer, tl.int64) * rooms_L
         room_v = room_k + HEADS_KV * H
@@ -143,14 +143,14 @@ def stream_layers_kernel(
                 )  # fmt: skip
 
         slot += 1
-        come(slots_ptr, slot, ALONE)
+        come(slots_ptr, slot, clocks_ptr, ALONE)
 
         # Attention: rows of a head against blocks of keys. What stood in the cache before is read before the meeting.
         item = me
         head_kv, first = (item // parts) // (HEADS // HEADS_KV), (item % parts) * BN
         k = block_of(room_k, first, 0, settled, rooms_S, head_kv, H, BN)
         v = block_of(room_v, first, 0, settled, rooms_S, head_kv, H, BN)
-        meet(slots_ptr, slot, ALONE)
+        meet(slots_ptr, slot, clocks_ptr, ALONE)
         if (item < HEADS * parts) & (first + BN > settled):
             k += block_of(room_k, first, settled, S, rooms_S, head_kv, H, BN)
             v += block_of(room_v, first, settled, S, rooms_S, head_kv, H, BN)
@@ -166,19 +166,19 @@ def stream_layers_kernel(
                 v = block_of(room_v, first, 0, S, rooms_S, head_kv, H, BN)
 
         slot += 1
-        come(slots_ptr, slot, ALONE)
+        come(slots_ptr, slot, clocks_ptr, ALONE)
         weight = out_ptr + tl.cast(layer, tl.int64) * (D * K)
         tiles = held((), weight, me, TILES, PROGRAMS, COLUMNS, K, G, BK_OUT, 0, K // (G * BK_OUT))
-        meet(slots_ptr, slot, ALONE)
+        meet(slots_ptr, slot, clocks_ptr, ALONE)
         for item in range(me, HEADS * (H // MIXED), PROGRAMS):
             mix(acc_ptr, stats_ptr, mixed_ptr, tl.cast(item, tl.int32), parts, HEADS, H, PARTS, G, BK_OUT)
 
         slot += 1
-        come(slots_ptr, slot, ALONE)
+        come(slots_ptr, slot, clocks_ptr, ALONE)
         # The widest weight: some of it a meeting before the rest.
         weight = gate_up_ptr + tl.cast(layer, tl.int64) * (2 * F * D)
         hidden = held((), weight, me, HIDDEN_TILES, PROGRAMS, 2 * HIDDEN_COLUMNS, D, G, BK_D, 0, EARLY)
-        meet(slots_ptr, slot, ALONE)
+        meet(slots_ptr, slot, clocks_ptr, ALONE)
         gates = gates_ptr
         if gates is not None:
             gates += 2 * layer * gates_N
@@ -191,11 +191,11 @@ def stream_layers_kernel(
                 )  # fmt: skip
 
         slot += 1
-        come(slots_ptr, slot, ALONE)
+        come(slots_ptr, slot, clocks_ptr, ALONE)
 
         # The hidden layer.
         hidden = held(hidden, weight, me, HIDDEN_TILES, PROGRAMS, 2 * HIDDEN_COLUMNS, D, G, BK_D, EARLY, STEPS)
-        meet(slots_ptr, slot, ALONE)
+        meet(slots_ptr, slot, clocks_ptr, ALONE)
         by_row = inverse_rms(squares_ptr, m_M, M, D, eps, TILES, TILES)
         offsets = gate_up_offsets_ptr
         if offsets is not None:
@@ -206,10 +206,10 @@ def stream_layers_kernel(
                 gate(z, me + turn * PROGRAMS, by_row, offsets, hidden_ptr, F, G, BK_F)
 
         slot += 1
-        come(slots_ptr, slot, ALONE)
+        come(slots_ptr, slot, clocks_ptr, ALONE)
         weight = down_ptr + tl.cast(layer, tl.int64) * (D * F)
         tiles = held((), weight, me, TILES, PROGRAMS, COLUMNS, F, G, BK_F, 0, F // (G * BK_F))
-        meet(slots_ptr, slot, ALONE)
+        meet(slots_ptr, slot, clocks_ptr, ALONE)
         gates = gates_ptr
         if gates is not None:
             gates += (2 * layer + 1) * gates_N
@@ -222,16 +222,16 @@ def stream_layers_kernel(
                 )  # fmt: skip
         slot += 1
         if layer < L - 1:
-            come(slots_ptr, slot, ALONE)
+            come(slots_ptr, slot, clocks_ptr, ALONE)
     leave(slots_ptr, slot - 1, ALONE)
 
 
-@triton_op("pi0exp::stream_layers", mutates_args=("rooms_LBSMH", "slots"))
+@triton_op("pi0exp::stream_layers", mutates_args=("rooms_LBSMH", "slots", "clocks"))
 def stream_layers(
     tokens_BTD: Tensor, qkv_LCD: Tensor, out_LDK: Tensor, gate_up_LCD: Tensor, down_LDF: Tensor, scales_ND: Tensor,
     gates_ND: Tensor | None, qkv_offsets_LC: Tensor | None, gate_up_offsets_LC: Tensor | None, cos_BT1H: Tensor,
     sin_BT1H: Tensor, rooms_LBSMH: Tensor, start: int, keys_BS: Tensor | None, blind: bool, scale: float, settled: int,
-    eps: float, slots: Tensor,
+    eps: float, slots: Tensor, clocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the final norm needs: xs behind the last layer, [1, T, D], and its squares, float32 [D / COLUMNS, T].
 
@@ -241,7 +241,7 @@ def stream_layers(
     [L, 1, R, 2 K, H], keys, then values; rows `start` to `start + T` are written. keys: bool [1, start + T], which may
     be seen, or None for all; blind: the first row sees none of the rows behind it. settled: so many rows of the cache
     were complete before. slots: int32 [COUNTERS], zeros, left as zeros, not shared between streams. At most ROWS rows.
-    Raises ValueError.
+    clocks: None, or int64 [2 PHASES L, programs], for each program's clock at each meeting. Raises ValueError.
     """
     (B, T, D), (L, C, _), F = tokens_BTD.shape, qkv_LCD.shape, down_LDF.shape[2]
     _, _, R, heads, H = rooms_LBSMH.shape
@@ -269,6 +269,7 @@ def stream_layers(
     for turn in (cos_BT1H, sin_BT1H):
         require(turn.shape == (1, T, 1, H) and turn.stride(3) == 1, f"{tuple(turn.shape)} turns no [1, {T}, 1, {H}]")
     check_counters(slots, PHASES * L + 1)
+    check_clocks(clocks, L)
     constants = LAUNCH.constants(D, N, H, F)
     parts = triton.cdiv(start + T, constants["BN"])
     cpu = tokens_BTD.device.type == "cpu"  # interpreted, or traced
@@ -285,7 +286,8 @@ def stream_layers(
         gate_up_ptr=gate_up_LCD, down_ptr=down_LDF, scales_ptr=scales_ND, gates_ptr=gates_ND,
         qkv_offsets_ptr=qkv_offsets_LC, gate_up_offsets_ptr=gate_up_offsets_LC, cos_ptr=cos_BT1H, sin_ptr=sin_BT1H,
         rooms_ptr=rooms_LBSMH, keys_ptr=slots if keys_BS is None else keys_BS, q_ptr=q, acc_ptr=acc, stats_ptr=stats,
-        mixed_ptr=mixed, hidden_ptr=hidden, slots_ptr=slots, M=T, start=start, settled=settled, parts=parts, L=L,
+        mixed_ptr=mixed, hidden_ptr=hidden, slots_ptr=slots, clocks_ptr=clocks, M=T, start=start,
+        settled=settled, parts=parts, L=L,
         scale=scale, eps=eps, scales_N=scales_ND.stride(0), gates_N=row_stride(gates_ND),
         qkv_offsets_L=row_stride(qkv_offsets_LC), gate_up_offsets_L=row_stride(gate_up_offsets_LC),
         cos_T=cos_BT1H.stride(1), sin_T=sin_BT1H.stride(1), rooms_L=rooms_LBSMH.stride(0),
@@ -295,6 +297,12 @@ def stream_layers(
         num_stages=1, **({} if INTERPRETED else {"launch_cooperative_grid": True}),
     )  # fmt: skip
     return end, squares
+
+
+def check_clocks(clocks: Tensor | None, L: int) -> None:
+    """Raises ValueError where they are too few for L layers, or no numbers of the clock."""
+    fits = clocks is None or (clocks.dtype is torch.int64 and clocks.is_contiguous() and len(clocks) == 2 * PHASES * L)
+    require(fits, f"clocks are not int64 [{2 * PHASES * L}, programs]")
 
 
 def row_stride(table: Tensor | None) -> int:
@@ -311,6 +319,7 @@ KERNELS = (
         ahead_of_time=(
             ahead("11 rows", stream_layers_kernel, gates_ptr=None, qkv_offsets_ptr=None, gate_up_offsets_ptr=None),
             ahead("adaptive, hidden keys", stream_layers_kernel, MASKED=True, BLIND=False),
+            ahead("with clocks", stream_layers_kernel, clocks=True),
         ),
     ),
 )

@@ -64,19 +64,21 @@ _STRIDES = ("scales_N", "gates_N", "qkv_offsets_L", "gate_up_offsets_L", "cos_T"
 def types_of(kernel: Any) -> dict[str, str]:
     """Of the arguments of either kernel."""
     types = dict.fromkeys(_FLOATS, "*fp32:16") | dict.fromkeys(_INTEGERS, "i32") | dict.fromkeys(_STRIDES, "i32:16")
-    types |= {"slots_ptr": "*i32:16", "keys_ptr": "*i1:16", "scale": "fp32", "eps": "fp32"}
+    types |= {"slots_ptr": "*i32:16", "clocks_ptr": "*i64:16", "keys_ptr": "*i1:16", "scale": "fp32", "eps": "fp32"}
     pointers = [argument for argument in kernel.arg_names if argument.endswith("_ptr")]
     return types | {argument: "*bf16:16" for argument in pointers if argument not in types}
 
 
 SIZES: dict[str, Any] = {
     "D": 1024, "HEADS": 8, "HEADS_KV": 1, "H": 256, "F": 4096, "PARTS": 16, "MASKED": False, "BLIND": True,
-    "HIDDEN": HIDDEN,
+    "HIDDEN": HIDDEN, "clocks_ptr": None,
 }  # fmt: skip
 
 
-def ahead(name: str, kernel: Any, **constants: Any) -> AheadOfTime:
+def ahead(name: str, kernel: Any, clocks: bool = False, **constants: Any) -> AheadOfTime:
     fixed = SIZES | Shape().constants(1024, 8, 256, 4096) | {"PROGRAMS": 132, "UPCAST": False} | constants
+    if clocks:
+        del fixed["clocks_ptr"]
     types = {argument: kind for argument, kind in types_of(kernel).items() if argument not in fixed}
     return AheadOfTime(name, kernel, types, fixed, Shape().GROUPS, 1, dots=True, targets=("sm_90",))
 

@@ -19,15 +19,17 @@ from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, MIXED, PAIRS, RO
 
 
 @triton.jit
-def come(slots_ptr, slot, ALONE: tl.constexpr):
+def come(slots_ptr, slot, clocks_ptr, ALONE: tl.constexpr):
     """This program has written what others are to read. Reads that shall not hold it up come after this."""
+    if clocks_ptr is not None:
+        stamp(clocks_ptr, 2 * slot)
     tl.debug_barrier()  # one thread counts for all of them, so all must have stored
     if not ALONE:
         tl.atomic_add(slots_ptr + slot, 1, sem="release")
 
 
 @triton.jit
-def meet(slots_ptr, slot, ALONE: tl.constexpr):
+def meet(slots_ptr, slot, clocks_ptr, ALONE: tl.constexpr):
     """Returns when all programs of the grid have come, and shows each what the others had written.
 
     slots: int32, zeros; the one before `slot` is made zero again, since nobody can be waiting there any more. ALONE:
@@ -39,6 +41,15 @@ def meet(slots_ptr, slot, ALONE: tl.constexpr):
         if (tl.program_id(0) == 0) & (slot > 0):
             tl.store(slots_ptr + slot - 1, 0)
     tl.debug_barrier()
+    if clocks_ptr is not None:
+        stamp(clocks_ptr, 2 * slot + 1)
+
+
+@triton.jit
+def stamp(clocks_ptr, i):
+    """The multiprocessor's clock, in row i of [.., programs]: even rows of coming, odd ones of being let through."""
+    now = tl.inline_asm_elementwise("mov.u64 $0, %clock64; // $1", "=l,r", [i], dtype=tl.int64, is_pure=False, pack=1)
+    tl.store(clocks_ptr + i * tl.num_programs(0) + tl.program_id(0), now)
 
 
 @triton.jit

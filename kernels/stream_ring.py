@@ -49,7 +49,7 @@ from pi0exp.kernels.ring import (
 from pi0exp.kernels.ring_pack import BK_D, BK_F, BK_OUT, BN, misfit, packed_ring, query_heads, unpacked_ring
 from pi0exp.kernels.ring_phases import add, attend, block_of, hide, mix, project
 from pi0exp.kernels.skinny_gemm import check_counters
-from pi0exp.kernels.stream_layers import PHASES, UNROLLED, layers_reference, row_stride
+from pi0exp.kernels.stream_layers import PHASES, UNROLLED, check_clocks, layers_reference, row_stride
 from pi0exp.kernels.stream_layers_cases import PI0, SIZES, case, types_of
 from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, MIXED, PAIRS, Weights
 
@@ -74,7 +74,7 @@ def stream_ring_reference(
 def stream_ring_kernel(
     weights, tokens_ptr, x_ptr, xs_ptr, end_ptr, squares_ptr, scales_ptr, gates_ptr, qkv_offsets_ptr,
     gate_up_offsets_ptr, cos_ptr, sin_ptr, rooms_ptr, keys_ptr, q_ptr, acc_ptr, stats_ptr, mixed_ptr, hidden_ptr,
-    slots_ptr,
+    slots_ptr, clocks_ptr,
     M, start, settled, parts, L, scale, eps, scales_N, gates_N, qkv_offsets_L, gate_up_offsets_L, cos_T, sin_T,
     rooms_L, rooms_S,
     D: gl.constexpr, HEADS: gl.constexpr, HEADS_KV: gl.constexpr, H: gl.constexpr, F: gl.constexpr,
@@ -104,7 +104,7 @@ def stream_ring_kernel(
     ask(weights, ring, ready, taken, total, base, SLOTS)
     nothing = gl.zeros([ROWS, COLUMNS], gl.float32, layout=TILE_8)
     add(nothing, me, None, tokens_ptr, scales_ptr, x_ptr, xs_ptr, end_ptr, squares_ptr, M, 0, D, BK_D)
-    come(slots_ptr, slot)
+    come(slots_ptr, slot, clocks_ptr)
     for layer in range(L):
         # Queries, keys, values.
         room_k = rooms_ptr + gl.cast(layer, gl.int64) * rooms_L
@@ -112,7 +112,7 @@ def stream_ring_kernel(
         offsets = qkv_offsets_ptr
         if offsets is not None:
             offsets += layer * qkv_offsets_L
-        meet(slots_ptr, slot)
+        meet(slots_ptr, slot, clocks_ptr)
         if me < QKV_TILES:
             xq = all_rows(xs_ptr, M, D, BK_D)
             project(
@@ -122,7 +122,7 @@ def stream_ring_kernel(
             taken += QKV
 
         slot += 1
-        come(slots_ptr, slot)
+        come(slots_ptr, slot, clocks_ptr)
         if me < QKV_TILES:
             ask(weights, ring, ready, taken - QKV + SLOTS, total, base, QKV)
 
@@ -131,7 +131,7 @@ def stream_ring_kernel(
         head_kv, first = (item // parts) // (HEADS // HEADS_KV), (item % parts) * BN
         k = block_of(room_k, first, 0, settled, rooms_S, head_kv, H, BN)
         v = block_of(room_v, first, 0, settled, rooms_S, head_kv, H, BN)
-        meet(slots_ptr, slot)
+        meet(slots_ptr, slot, clocks_ptr)
         if (item < HEADS * parts) & (first + BN > settled):
             k += block_of(room_k, first, settled, S, rooms_S, head_kv, H, BN)
             v += block_of(room_v, first, settled, S, rooms_S, head_kv, H, BN)
@@ -146,17 +146,17 @@ def stream_ring_kernel(
                 v = block_of(room_v, first, 0, S, rooms_S, head_kv, H, BN)
 
         slot += 1
-        come(slots_ptr, slot)
-        meet(slots_ptr, slot)
+        come(slots_ptr, slot, clocks_ptr)
+        meet(slots_ptr, slot, clocks_ptr)
         for item in range(me, HEADS * (H // MIXED), gl.num_programs(0)):
             mix(acc_ptr, stats_ptr, mixed_ptr, item, parts, HEADS, H, PARTS, BK_OUT)
 
         slot += 1
-        come(slots_ptr, slot)
+        come(slots_ptr, slot, clocks_ptr)
         gates = gates_ptr
         if gates is not None:
             gates += 2 * layer * gates_N
-        meet(slots_ptr, slot)
+        meet(slots_ptr, slot, clocks_ptr)
         xo = all_rows(mixed_ptr, M, K, BK_OUT)
         y = narrow_product(xo, ring, ready, taken, K, BK_OUT)
         add(
@@ -166,14 +166,14 @@ def stream_ring_kernel(
         taken += OUT
 
         slot += 1
-        come(slots_ptr, slot)
+        come(slots_ptr, slot, clocks_ptr)
         ask(weights, ring, ready, taken - OUT + SLOTS, total, base, OUT)
 
         # The hidden layer.
         offsets = gate_up_offsets_ptr
         if offsets is not None:
             offsets += layer * gate_up_offsets_L
-        meet(slots_ptr, slot)
+        meet(slots_ptr, slot, clocks_ptr)
         xh = all_rows(xs_ptr, M, D, BK_D)
         hide(
             xh, ring, ready, taken, me, squares_ptr, offsets, hidden_ptr, M, eps, D, F, BK_D, BK_F, TILES
@@ -181,12 +181,12 @@ def stream_ring_kernel(
         taken += GATE_UP
 
         slot += 1
-        come(slots_ptr, slot)
+        come(slots_ptr, slot, clocks_ptr)
         ask(weights, ring, ready, taken - GATE_UP + SLOTS, total, base, GATE_UP)
         gates = gates_ptr
         if gates is not None:
             gates += (2 * layer + 1) * gates_N
-        meet(slots_ptr, slot)
+        meet(slots_ptr, slot, clocks_ptr)
         xd = all_rows(hidden_ptr, M, F, BK_F)
         y = narrow_product(xd, ring, ready, taken, F, BK_F)
         add(
@@ -196,17 +196,17 @@ def stream_ring_kernel(
         taken += DOWN
         slot += 1
         if layer < L - 1:
-            come(slots_ptr, slot)
+            come(slots_ptr, slot, clocks_ptr)
             ask(weights, ring, ready, taken - DOWN + SLOTS, total, base, DOWN)
     leave(slots_ptr, slot - 1)
 
 
-@torch.library.custom_op("pi0exp::stream_ring", mutates_args=("rooms_LBSMH", "slots"))
+@torch.library.custom_op("pi0exp::stream_ring", mutates_args=("rooms_LBSMH", "slots", "clocks"))
 def stream_ring(
     tokens_BTD: Tensor, weights_PLCV: Tensor, scales_ND: Tensor, gates_ND: Tensor | None,
     qkv_offsets_LC: Tensor | None, gate_up_offsets_LC: Tensor | None, cos_BT1H: Tensor, sin_BT1H: Tensor,
     rooms_LBSMH: Tensor, start: int, keys_BS: Tensor | None, blind: bool, scale: float, settled: int, eps: float,
-    slots: Tensor,
+    slots: Tensor, clocks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the final norm needs, as `stream_layers`: xs [1, T, D], and its squares, float32 [D / COLUMNS, T].
 
@@ -236,6 +236,7 @@ def stream_ring(
     for turn in (cos_BT1H, sin_BT1H):
         require(turn.shape == (1, T, 1, H) and turn.stride(3) == 1, f"{tuple(turn.shape)} turns no [1, {T}, 1, {H}]")
     check_counters(slots, PHASES * L + 1)
+    check_clocks(clocks, L)
     parts = triton.cdiv(start + T, BN)
     x, end, q, xs, mixed, hidden = (
         weights_PLCV.new_empty(size)
@@ -250,7 +251,8 @@ def stream_ring(
         tokens_ptr=tokens_BTD, x_ptr=x, xs_ptr=xs, end_ptr=end, squares_ptr=squares, scales_ptr=scales_ND,
         gates_ptr=gates_ND, qkv_offsets_ptr=qkv_offsets_LC, gate_up_offsets_ptr=gate_up_offsets_LC, cos_ptr=cos_BT1H,
         sin_ptr=sin_BT1H, rooms_ptr=rooms_LBSMH, keys_ptr=slots if keys_BS is None else keys_BS, q_ptr=q, acc_ptr=acc,
-        stats_ptr=stats, mixed_ptr=mixed, hidden_ptr=hidden, slots_ptr=slots, M=T, start=start, settled=settled,
+        stats_ptr=stats, mixed_ptr=mixed, hidden_ptr=hidden, slots_ptr=slots, clocks_ptr=clocks, M=T,
+        start=start, settled=settled,
         parts=parts, L=L, scale=scale, eps=eps, scales_N=scales_ND.stride(0), gates_N=row_stride(gates_ND),
         qkv_offsets_L=row_stride(qkv_offsets_LC), gate_up_offsets_L=row_stride(gate_up_offsets_LC),
         cos_T=cos_BT1H.stride(1), sin_T=sin_BT1H.stride(1), rooms_L=rooms_LBSMH.stride(0),
@@ -269,8 +271,10 @@ def _(tokens_BTD: Tensor, *args: object) -> tuple[Tensor, Tensor]:
     return end, tokens_BTD.new_empty((D // COLUMNS.value, T), dtype=torch.float32)
 
 
-def _ahead(name: str, **constants: Any) -> AheadOfTime:
+def _ahead(name: str, clocks: bool = False, **constants: Any) -> AheadOfTime:
     fixed = SIZES | {"BK_D": BK_D, "BK_OUT": BK_OUT, "BK_F": BK_F, "BN": BN} | constants
+    if clocks:
+        del fixed["clocks_ptr"]
     types = types_of(stream_ring_kernel) | {
         "weights": f"tensordesc<bf16[{CHUNK_ROWS.value}, {CHUNK_WIDTH.value}],{RING.value!r}>"
     }
@@ -302,6 +306,7 @@ KERNELS = (
         ahead_of_time=(
             _ahead("11 rows", gates_ptr=None, qkv_offsets_ptr=None, gate_up_offsets_ptr=None),
             _ahead("adaptive, hidden keys", MASKED=True, BLIND=False),
+            _ahead("with clocks", clocks=True),
         ),
         interpretable=False,
         not_compiled=UNROLLED,

@@ -1,0 +1,68 @@
+"""experiments/phases.py: what clocks at meetings say, and what it answers without a GPU."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pi0exp.kernels.stream_layers import PHASES, check_clocks
+
+SPEC = importlib.util.spec_from_file_location(
+    "phases", Path(__file__).resolve().parent.parent / "experiments" / "phases.py"
+)
+phases = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(phases)
+LAYERS, PROGRAMS = 8, 4
+
+
+def clocks_of(work_us: list[float], meeting_us: float, late_us: float) -> torch.Tensor:
+    """Programs that work so long in each phase, the last one longer in every phase, at 1000 ticks a microsecond."""
+    rows, now = [], torch.zeros(PROGRAMS)
+    late = torch.tensor([0.0] * (PROGRAMS - 1) + [late_us])
+    for i in range(PHASES * LAYERS):
+        rows += [now, now.max() + meeting_us + torch.zeros(PROGRAMS)]
+        now = rows[-1] + work_us[i % PHASES] + late
+    return (1000 * torch.stack(rows)).round().long()
+
+
+def test_phases_are_told_apart():
+    work = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    found = phases.phases_of(clocks_of(work, 0.8, 0.5), 1000.0)
+    assert list(found) == list(phases.NAMES)
+    for name, us in zip(phases.NAMES, work, strict=True):
+        assert found[name] == pytest.approx({"work": us, "slowest": us + 0.5, "wait": 0.8, "whole": us + 1.3})
+
+
+def test_clocks_must_be_as_many_as_meetings():
+    check_clocks(None, LAYERS)
+    check_clocks(torch.zeros(2 * PHASES * LAYERS, PROGRAMS, dtype=torch.int64), LAYERS)
+    for wrong in (torch.zeros(3, 4, dtype=torch.int64), torch.zeros(2 * PHASES * LAYERS, PROGRAMS)):
+        with pytest.raises(ValueError, match=rf"clocks are not int64 \[{2 * PHASES * LAYERS}, programs\]"):
+            check_clocks(wrong, LAYERS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be measured")
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [(["stream_qkv"], 2, "no such kernel; there are stream_layers, stream_ring"), ([], 3, "needs a GPU of nvidia")],
+)
+def test_it_says_what_it_lacks(
+    words: list[str], code: int, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert phases.main([str(tmp_path / "out.json"), *words]) == code
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that torch can use; this machine has none")
+def test_on_a_gpu(tmp_path: Path):
+    assert phases.main([str(tmp_path / "out.json"), "--rounds", "3"]) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    for name in ("stream_layers", "stream_ring"):
+        assert len(found[name]["ms_a_step"]) == 3
+        whole_us = sum(times["whole"] for times in found[name]["phases"].values())
+        # 18 layers take no less than the step, and its beginning and end little more.
+        assert 0.8 < 18 * whole_us / 1e3 / min(found[name]["ms_a_step"]) < 1.3
