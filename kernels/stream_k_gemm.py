@@ -9,8 +9,8 @@ the order of K, and does what follows the product. So equal inputs give equal bi
 it leaves to another, and ends with the one that it waits for.
 
 Tiles are fed by the copy engine (TMA) through STAGES of shared memory into warpgroup instructions. In Gluon, for NVIDIA
-GPUs from Hopper on, bf16; all programs run at once. It has not run yet: off such a GPU only its compilation is tested,
-and the cut by itself.
+GPUs from Hopper on, bf16; all programs run at once. It has not run on a GPU yet: its compilation is tested, and its
+values by the tests' own small interpreter, as those of `stream_ring`.
 
 Shapes: M rows, K width in, N width out, P programs, T tiles, KS steps of K.
 """

@@ -8,11 +8,11 @@ SLOTS chunks later, up to two thirds of a layer ahead, across all meetings.
 
 Its first form, with chunks of 16 KB that were asked for one by one in a loop, was right, and slower than
 `stream_layers` by 6 %: each asking took 0.6 us (experiments/speed.md). This form asks for all that a phase took behind
-one fence; it has not run.
+one fence; it has not run on a GPU.
 
 One program a tile: D / COLUMNS = F / HIDDEN_COLUMNS programs, all at once. For one observation, at most ROWS rows, in
-bf16, on NVIDIA GPUs from Hopper on. It is written in Gluon, which no interpreter runs: off such a GPU only its
-compilation is tested.
+bf16, on NVIDIA GPUs from Hopper on. It is written in Gluon, for which Triton has no interpreter: off such a GPU its
+compilation is tested, and its values by a small one of the tests' own, which knows neither layouts nor waiting.
 
 Shapes: T rows, D width, L layers, C = (N + 2 K) H rows of w_qkv, N query heads, K key/value heads, H head dim, F hidden
 width, S rows of the cache, P programs.

@@ -1,6 +1,7 @@
 """The ring's weights: each program's chunks hold what its products read, in the order in which it takes them.
 
-The kernel itself is compiled in `test_kernels_aot`, and runs on a GPU only: `test_kernels`, `test_blocks_gpu`.
+The kernel itself is compiled in `test_kernels_aot`, interpreted in `test_gluon`, and run on a GPU: `test_kernels`,
+`test_blocks_gpu`.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """The cut of stream-K: every step of every tile by one program, and every part of a tile where it is looked for.
 
-The kernel is compiled in `test_kernels_aot`, and runs on a GPU only: `test_kernels`.
+The kernel is compiled in `test_kernels_aot`, interpreted in `test_gluon`, and run on a GPU: `test_kernels`.
 """
 
 from itertools import pairwise
