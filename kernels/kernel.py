@@ -75,8 +75,8 @@ class Kernel:
     in the widest dtype among its arguments' and float32, and rounds once. libraries: name -> callable with the same
     arguments, a kernel of a library that computes the same and is timed beside it; it raises NotImplementedError for a
     case that it is not made for. interpretable: Triton's interpreter can run it, which it cannot where a kernel is
-    written in Gluon (`tests/test_gluon.py` has one of its own). not_compiled: why the bench does not let torch.compile of the reference take part; "" where it
-    does.
+    written in Gluon (`tests/test_gluon.py` has one of its own). not_compiled: why the bench does not let torch.compile
+    of the reference take part; "" where it does.
     """
 
     name: str
