@@ -32,7 +32,7 @@ EXPECTED = {
     "gemm_efficiency": 14,
     "graph_capture": 6,
     "graph_granularity": 10,
-    "kernels": 21,
+    "kernels": 23,
     "ladder": 28,
     "ladder_layers": 5,
     "masking": 9,
