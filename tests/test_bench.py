@@ -158,6 +158,15 @@ def test_contestants_start_with_the_op():
     assert bench.contestants(kernel, compiled=False)[OP] is op
 
 
+def test_a_reference_that_compiles_for_minutes_takes_no_part():
+    kernel = discover()["stream_layers"]
+    contestant = Contestant("compile")
+    with bench.recorded(contestant):
+        bench.contestants(kernel, True)["compile"]()
+    assert (contestant.state, contestant.reason) == ("declined", kernel.not_compiled)
+    assert "compile" not in bench.contestants(kernel, False)
+
+
 def test_file_holds_everything(tmp_path):
     comparison = Comparison("result 0", 0.1, 0.01, 0.1, 0.01, "")
     rows = [row(Contestant(OP, samples_us=[1.0, 3.0, 2.0], comparisons=[comparison]), contestant("x", state="error"))]
