@@ -59,6 +59,7 @@ class Policy:
     closed: dict[str, str] = field(default_factory=dict)
     _prepare: list[Prepare] = field(default_factory=list)
     _call: DeviceCall | None = None
+    _from_host: DeviceCall | None = None
     _counters: list[Counters] = field(default_factory=list)
     _attachments: list[Attachments] = field(default_factory=list)
     _group: str = ""
@@ -91,9 +92,9 @@ class Policy:
         if observation.device.type != "cpu":
             raise UserError(f"the observation is on {observation.device}; `act` takes one on the host")
         observation, noise_BCA = self._prepared(observation, noise_BCA)
+        if self._from_host is not None:
+            return self._from_host(observation, noise_BCA)
         call = self._call or self.plain_call
-        if isinstance(call, FromHost):
-            return call.from_host(observation, noise_BCA)
         return call(observation.to(self.device), noise_BCA.to(self.device)).cpu()
 
     def _prepared(self, observation: Observation, noise_BCA: Tensor | None) -> tuple[Observation, Tensor]:
@@ -121,7 +122,7 @@ class Policy:
     @property
     def staged(self) -> bool:
         """Whether `act` has a way of its own from the host to the device."""
-        return isinstance(self._call, FromHost)
+        return self._from_host is not None
 
     def plain_call(self, observation: Observation, noise_BCA: Tensor) -> Tensor:
         """The device part as the model itself has it."""
@@ -241,6 +242,8 @@ class Policy:
         whole: the result no longer passes through the functions of the stages, a captured graph say.
         """
         self._call = wrapper(self._call or self.plain_call)
+        # Found once: to ask it of a call takes as long as a few of its tensors.
+        self._from_host = self._call.from_host if isinstance(self._call, FromHost) else None
         self.stages_apart = self.stages_apart and not whole
         self.note(f"sample_actions -> {what}")
 

@@ -8,6 +8,7 @@ copied to the device. Options decide on them without asking the device, so no ca
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ class Observation:
     def batch_size(self) -> int:
         return self.state_BA.shape[0]
 
-    @property
+    @cached_property
     def scaled(self) -> bool:
         """Whether no picture is bytes any more."""
         return not any(image.dtype == torch.uint8 for image in self.images.values())
@@ -118,7 +119,7 @@ class Observation:
     def device(self) -> torch.device:
         return self.state_BA.device
 
-    @property
+    @cached_property
     def structure(self) -> Structure:
         def presence(rows: tuple[bool, ...]) -> str:
             return "all" if all(rows) else "some" if any(rows) else "none"
