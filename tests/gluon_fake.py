@@ -171,11 +171,13 @@ class Launcher:
                 for name, value in arguments.items()
             }
             errors: list[BaseException] = []
+            inference = torch.is_inference_mode_enabled()  # a thread has a mode of its own
 
             def program(number: int) -> None:
                 _here.program, _here.programs, _here.errors = number, grid[0], errors
                 try:
-                    self.function(**given)
+                    with torch.inference_mode(inference):
+                        self.function(**given)
                 except BaseException as error:
                     with _changed:
                         errors.append(error)
