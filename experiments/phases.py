@@ -30,8 +30,8 @@ from torch import Tensor
 from pi0exp.fusion.fusion import HOPPER
 from pi0exp.graphs.capture import Graph
 from pi0exp.kernels.kernel import Kernel, arguments_of, check
+from pi0exp.kernels.step import PHASES
 from pi0exp.kernels.stream_layers import KERNELS as REGISTERS
-from pi0exp.kernels.stream_layers import PHASES
 from pi0exp.kernels.stream_ring import KERNELS as RING
 from pi0exp.load import write_whole
 from pi0exp.machine import this_machine

@@ -1,4 +1,4 @@
-"""A ring of chunks of weights in shared memory, products from it, and meetings of all programs (for `stream_ring`).
+"""A ring of chunks of weights in shared memory, and products from it (for `stream_ring`).
 
 In Triton's explicit dialect, Gluon, since what matters here Triton decides by itself: where a weight waits until it is
 multiplied. Values are in the order of the matrix instruction's lanes throughout (`stream_pack`), so that no operand of
@@ -48,70 +48,6 @@ TILE_8 = gl.constexpr(gl.BlockedLayout([1, 1], [4, 8], [8, 1], [1, 0]))
 TILE_16 = gl.constexpr(gl.BlockedLayout([1, 1], [2, 16], [8, 1], [1, 0]))
 TILE_32 = gl.constexpr(gl.BlockedLayout([1, 2], [2, 16], [8, 1], [1, 0]))
 SQUARES = gl.constexpr(gl.BlockedLayout([1, 1], [16, 2], [1, 8], [0, 1]))
-
-
-# ---- meetings: as in `stream_phases`
-
-
-@gluon.jit
-def come(slots_ptr, slot, clocks_ptr):
-    """This program has written what others are to read, and read all that it takes from the ring."""
-    if clocks_ptr is not None:
-        stamp(clocks_ptr, 2 * slot)
-    barrier()  # one thread counts for all of them, so all must have stored
-    gl.atomic_add(slots_ptr + slot, 1, sem="release")
-
-
-@gluon.jit
-def meet(slots_ptr, slot, clocks_ptr):
-    """Returns when all programs of the grid have come, and shows each what the others had written."""
-    everyone = gl.num_programs(0)
-    wait_until(slots_ptr + slot, everyone)
-    if (gl.program_id(0) == 0) & (slot > 0):
-        gl.store(slots_ptr + slot - 1, 0)
-    barrier()
-    if clocks_ptr is not None:
-        stamp(clocks_ptr, 2 * slot + 1)
-
-
-@gluon.jit
-def stamp(clocks_ptr, i):
-    now = gl.inline_asm_elementwise("mov.u64 $0, %clock64; // $1", "=l,r", [i], dtype=gl.int64, is_pure=False, pack=1)
-    gl.store(clocks_ptr + i * gl.num_programs(0) + gl.program_id(0), now)
-
-
-@gluon.jit
-def wait_until(at, everyone):
-    """One thread asks, so that the others' questions do not stand in the way of who comes."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .pred again;
-        .reg .u32 thread;
-        mov.u32 thread, %tid.x;
-        mov.u32 $0, 0;
-        setp.ne.u32 again, thread, 0;
-        @again bra GO;
-        AGAIN:
-        ld.acquire.gpu.global.s32 $0, [$1];
-        setp.lt.s32 again, $0, $2;
-        @again bra AGAIN;
-        GO:
-        }""",
-        "=&r,l,r",
-        [at, everyone],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def leave(slots_ptr, last_slot):
-    """At the end of the kernel: the last program to come makes the last meeting's slot zero, and its own."""
-    own = slots_ptr + last_slot + 1
-    if gl.atomic_add(own, 1, sem="acq_rel") == gl.num_programs(0) - 1:
-        gl.store(slots_ptr + last_slot, 0)
-        gl.store(own, 0)
 
 
 # ---- the ring
@@ -173,11 +109,3 @@ def narrow_product(x, ring, ready, taken, K: gl.constexpr, BK: gl.constexpr):
     # All warps' sums of a value in one thread, so that nothing is left to add between threads.
     sums = gl.sum(gl.convert_layout(gl.permute(acc, [1, 2, 0]), SUMS_8), axis=2)
     return gl.convert_layout(sums, TILE_8)
-
-
-@gluon.jit
-def place(m, k, BK: gl.constexpr):
-    """Where x[m, k] lies."""
-    inner = k % BK
-    block = (((k // (G * BK)) * (BK // 32) + inner // 32) * 2 + m // 8) * G + (k // BK) % G
-    return block * 256 + (m % 8) * 32 + (inner % 8 // 2) * 8 + (inner % 32 // 8) * 2 + inner % 2

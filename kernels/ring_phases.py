@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from pi0exp.kernels.gemm_epilogue import activate
 from pi0exp.kernels.ring import (
     CACHE,
     PRODUCT,
@@ -23,10 +24,9 @@ from pi0exp.kernels.ring import (
     TILE_16,
     TILE_32,
     G,
-    place,
     take,
 )  # fmt: skip
-from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, MIXED, PAIRS
+from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, MIXED, PAIRS, place
 
 
 @gluon.jit
@@ -156,7 +156,7 @@ def mix(
         total += totals[part] * weight
         out += accs[part] * weight
     out = out / total
-    gl.store(mixed_ptr + place(m_M1, head * H + c, BK), out.to(mixed_ptr.dtype.element_ty))
+    gl.store(mixed_ptr + place(m_M1, head * H + c, G, BK), out.to(mixed_ptr.dtype.element_ty))
 
 
 @gluon.jit
@@ -180,7 +180,7 @@ def add(
     gl.store(x_ptr + at, rounded, mask=inside)
     scale = 1.0 + gl.load(scale_ptr + n_1N).to(gl.float32)
     xs = (rounded.to(gl.float32) * scale).to(kind)
-    gl.store(xs_ptr + place(m_M[:, None], n_1N, BK), xs)
+    gl.store(xs_ptr + place(m_M[:, None], n_1N, G, BK), xs)
     gl.store(out_ptr + at, xs, mask=inside & (m_M < ending)[:, None])
     gl.store(squares_ptr + tile * M + m_M, gl.sum(x * x, axis=1), mask=m_M < M)
 
@@ -205,6 +205,5 @@ def hide(
     if offset_ptr is not None:
         gated += gl.load(offset_ptr + n_1N)
         up += gl.load(offset_ptr + F + n_1N)
-    # 0.5 (1 + tanh(u)) is sigmoid(2 u), as in `gemm_epilogue.activate`.
-    gated = gated / (1.0 + gl.exp(-1.5957691216057308 * (gated + 0.044715 * gated * gated * gated)))
-    gl.store(hidden_ptr + place(m_M1, n_1N, BK_F), (gated * up).to(hidden_ptr.dtype.element_ty))
+    y = activate(gated, "gelu_tanh") * up
+    gl.store(hidden_ptr + place(m_M1, n_1N, G, BK_F), y.to(hidden_ptr.dtype.element_ty))

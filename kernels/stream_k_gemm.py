@@ -26,9 +26,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from pi0exp.kernels.gemm_cases import case, cublas
-from pi0exp.kernels.gemm_epilogue import checked, reference
+from pi0exp.kernels.gemm_epilogue import activate, checked, reference
 from pi0exp.kernels.kernel import AheadOfTime, Case, Kernel, require
-from pi0exp.kernels.ring import barrier, load_block, wait_until
+from pi0exp.kernels.meetings import wait_until
+from pi0exp.kernels.ring import barrier, load_block
 
 BM, BN, BK, STAGES = 128, 128, 64, 6
 OPERAND = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
@@ -145,9 +146,7 @@ def finish(acc, m_M, n_N, y_ptr, bias_ptr, residual_ptr, M, N, ACTIVATION: gl.co
     inside = (m_M < M)[:, None] & (n_N < N)[None, :]
     if bias_ptr is not None:
         acc += gl.load(bias_ptr + n_N, mask=n_N < N, other=0.0).to(gl.float32)[None, :]
-    if ACTIVATION == "gelu_tanh":
-        # 0.5 (1 + tanh(u)) is sigmoid(2 u), as in `gemm_epilogue.activate`.
-        acc = acc / (1.0 + gl.exp(-1.5957691216057308 * (acc + 0.044715 * acc * acc * acc)))
+    acc = activate(acc, ACTIVATION)
     at = m_M[:, None] * N + n_N[None, :]
     if residual_ptr is not None:
         acc += gl.load(residual_ptr + at, mask=inside, other=0.0).to(gl.float32)

@@ -24,20 +24,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from pi0exp.kernels.attention import HIDDEN, attend_reference
+from pi0exp.kernels.attention import attend_reference
 from pi0exp.kernels.gemm_epilogue import DTYPES
 from pi0exp.kernels.kernel import INTERPRETED, Kernel, launchable, require
-from pi0exp.kernels.skinny_gemm import check_counters
+from pi0exp.kernels.meetings import come, leave, meet
+from pi0exp.kernels.step import Sizes, launch_arguments
 from pi0exp.kernels.stream import inverse_rms
 from pi0exp.kernels.stream_ends import stream_begin_reference
 from pi0exp.kernels.stream_gated import stream_gated_reference
 from pi0exp.kernels.stream_layers_cases import CASES, ahead
 from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, LAUNCH, MIXED, PAIRS, ROWS, Weights, unfit, unpack
-from pi0exp.kernels.stream_phases import add, attend, block_of, come, gate, held, leave, meet, mix, project, times
+from pi0exp.kernels.stream_phases import add, attend, block_of, gate, held, mix, project, times
 from pi0exp.kernels.stream_qkv import stream_qkv_reference
 from pi0exp.kernels.stream_residual import squares_reference, stream_residual_reference
 
-PHASES = 6
 UNROLLED = "18 layers unrolled: minutes of compilation for each case"
 
 
@@ -243,10 +243,9 @@ def stream_layers(
     were complete before. slots: int32 [COUNTERS], zeros, left as zeros, not shared between streams. At most ROWS rows.
     clocks: None, or int64 [2 PHASES L, programs], for each program's clock at each meeting. Raises ValueError.
     """
-    (B, T, D), (L, C, _), F = tokens_BTD.shape, qkv_LCD.shape, down_LDF.shape[2]
-    _, _, R, heads, H = rooms_LBSMH.shape
+    D, (L, C, _), F = tokens_BTD.shape[2], qkv_LCD.shape, down_LDF.shape[2]
+    heads, H = rooms_LBSMH.shape[3:]
     K, N, dtype = heads // 2, C // H - heads, qkv_LCD.dtype
-    require(B == 1 and ROWS.value >= T, f"tokens are {list(tokens_BTD.shape)}: not [1, at most {ROWS.value}, D]")
     require(not (why := unfit(D, H, F, N)), why)
     require(H // 2 % PAIRS.value == 0 and N % K == 0, f"{N} heads of {H} on {K}")
     shapes = [(qkv_LCD, (L, C, D)), (out_LDK, (L, D, N * H)), (gate_up_LCD, (L, 2 * F, D)), (down_LDF, (L, D, F))]
@@ -254,59 +253,19 @@ def stream_layers(
         fits = tensor.shape == shape and tensor.is_contiguous() and tensor.dtype is dtype
         require(fits, f"{tensor.dtype} {list(tensor.shape)} is not {dtype} {list(shape)}, contiguous")
     require(dtype in DTYPES, f"weights are {dtype}: wanted bfloat16, float16 or float32")
-    require(tokens_BTD.is_contiguous() and tokens_BTD.is_floating_point(), "tokens are not contiguous floats")
-    for name, table, fit in (
-        ("scales", scales_ND, (2 * L + 1, D)), ("gates", gates_ND, (2 * L, D)), ("offsets", qkv_offsets_LC, (L, C)),
-        ("offsets", gate_up_offsets_LC, (L, 2 * F)),
-    ):  # fmt: skip
-        fits = table is None or (table.shape == fit and table.stride(1) == 1)
-        require(fits, f"{name} are {None if table is None else list(table.shape)}: not {list(fit)}")
-    require(rooms_LBSMH.shape == (L, 1, R, heads, H) and rooms_LBSMH.dtype is dtype, "the rooms do not fit")
-    require(rooms_LBSMH.stride()[3:] == (H, 1), "heads must be adjacent in the rooms")
-    require(0 <= settled <= start <= R - T, f"rows {start} to {start + T} of {R}, of which {settled} are settled")
-    seen = keys_BS is None or (keys_BS.shape == (1, start + T) and keys_BS.stride(1) == 1)
-    require(seen, "keys are not [1, start + T], adjacent")
-    for turn in (cos_BT1H, sin_BT1H):
-        require(turn.shape == (1, T, 1, H) and turn.stride(3) == 1, f"{tuple(turn.shape)} turns no [1, {T}, 1, {H}]")
-    check_counters(slots, PHASES * L + 1)
-    check_clocks(clocks, L)
     constants = LAUNCH.constants(D, N, H, F)
-    parts = triton.cdiv(start + T, constants["BN"])
     cpu = tokens_BTD.device.type == "cpu"  # interpreted, or traced
     programs = 1 if cpu else torch.cuda.get_device_properties(tokens_BTD.device).multi_processor_count
-    x, end, q, xs, mixed, hidden = (
-        qkv_LCD.new_empty(size)
-        for size in ((T, D), (1, T, D), (T, N * H), (ROWS.value, D), (ROWS.value, N * H), (ROWS.value, F))
-    )
-    acc = tokens_BTD.new_empty((N, parts, ROWS.value, H), dtype=torch.float32)
-    stats = tokens_BTD.new_empty((N, 2, parts, ROWS.value), dtype=torch.float32)
-    squares = tokens_BTD.new_empty((D // COLUMNS.value, T), dtype=torch.float32)
-    launchable(stream_layers_kernel)[(programs,)](
-        tokens_ptr=tokens_BTD, x_ptr=x, xs_ptr=xs, end_ptr=end, squares_ptr=squares, qkv_ptr=qkv_LCD, out_ptr=out_LDK,
-        gate_up_ptr=gate_up_LCD, down_ptr=down_LDF, scales_ptr=scales_ND, gates_ptr=gates_ND,
-        qkv_offsets_ptr=qkv_offsets_LC, gate_up_offsets_ptr=gate_up_offsets_LC, cos_ptr=cos_BT1H, sin_ptr=sin_BT1H,
-        rooms_ptr=rooms_LBSMH, keys_ptr=slots if keys_BS is None else keys_BS, q_ptr=q, acc_ptr=acc, stats_ptr=stats,
-        mixed_ptr=mixed, hidden_ptr=hidden, slots_ptr=slots, clocks_ptr=clocks, M=T, start=start,
-        settled=settled, parts=parts, L=L,
-        scale=scale, eps=eps, scales_N=scales_ND.stride(0), gates_N=row_stride(gates_ND),
-        qkv_offsets_L=row_stride(qkv_offsets_LC), gate_up_offsets_L=row_stride(gate_up_offsets_LC),
-        cos_T=cos_BT1H.stride(1), sin_T=sin_BT1H.stride(1), rooms_L=rooms_LBSMH.stride(0),
-        rooms_S=rooms_LBSMH.stride(2),
-        D=D, HEADS=N, HEADS_KV=K, H=H, F=F, **constants, PARTS=triton.next_power_of_2(parts), PROGRAMS=programs,
-        MASKED=keys_BS is not None, BLIND=blind, HIDDEN=HIDDEN, UPCAST=INTERPRETED, num_warps=constants["G"],
-        num_stages=1, **({} if INTERPRETED else {"launch_cooperative_grid": True}),
+    given = launch_arguments(
+        Sizes(L, N, H, F, dtype), programs, constants["BN"], tokens_BTD, scales_ND, gates_ND, qkv_offsets_LC,
+        gate_up_offsets_LC, cos_BT1H, sin_BT1H, rooms_LBSMH, start, keys_BS, blind, scale, settled, eps, slots, clocks,
     )  # fmt: skip
-    return end, squares
-
-
-def check_clocks(clocks: Tensor | None, L: int) -> None:
-    """Raises ValueError where they are too few for L layers, or no numbers of the clock."""
-    fits = clocks is None or (clocks.dtype is torch.int64 and clocks.is_contiguous() and len(clocks) == 2 * PHASES * L)
-    require(fits, f"clocks are not int64 [{2 * PHASES * L}, programs]")
-
-
-def row_stride(table: Tensor | None) -> int:
-    return 0 if table is None else table.stride(0)
+    launchable(stream_layers_kernel)[(programs,)](
+        **given, qkv_ptr=qkv_LCD, out_ptr=out_LDK, gate_up_ptr=gate_up_LCD, down_ptr=down_LDF, **constants,
+        PROGRAMS=programs, UPCAST=INTERPRETED, num_warps=constants["G"], num_stages=1,
+        **({} if INTERPRETED else {"launch_cooperative_grid": True}),
+    )  # fmt: skip
+    return given["end_ptr"], given["squares_ptr"]
 
 
 KERNELS = (

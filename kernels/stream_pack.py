@@ -109,3 +109,11 @@ def packed_tiles(weight_LCK: Tensor, R: int, G: int, BK: int) -> Tensor:
     L, C, K = weight_LCK.shape
     cut = weight_LCK.reshape(L, C // R, R // 8, 8, K // (G * BK), G, BK // 32, 2, 2, 4, 2)
     return cut.permute(0, 1, 4, 2, 6, 5, 3, 9, 7, 8, 10).contiguous().view(L, C, K)
+
+
+@triton.jit
+def place(m, k, G: tl.constexpr, BK: tl.constexpr):
+    """Where x[m, k] lies."""
+    inner = k % BK
+    block = (((k // (G * BK)) * (BK // 32) + inner // 32) * 2 + m // 8) * G + (k // BK) % G
+    return block * 256 + (m % 8) * 32 + (inner % 8 // 2) * 8 + (inner % 32 // 8) * 2 + inner % 2

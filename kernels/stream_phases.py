@@ -1,5 +1,4 @@
-"""What the persistent kernel of a denoising step is made of (`stream_layers`): meetings of all programs, and the
-phases between them.
+"""What the persistent kernel of a denoising step does between meetings (`stream_layers`): the phases of a layer.
 
 A phase reads what others wrote in the phase before, so past the L1 of its own multiprocessor (`.cg`). Its weights do
 not depend on anything: `held` reads them before the meeting, and they arrive while the program waits for the others.
@@ -15,77 +14,7 @@ import triton.language as tl
 
 from pi0exp.kernels.gemm_epilogue import activate
 from pi0exp.kernels.skinny_gemm import halves
-from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, MIXED, PAIRS, ROWS
-
-
-@triton.jit
-def come(slots_ptr, slot, clocks_ptr, ALONE: tl.constexpr):
-    """This program has written what others are to read. Reads that shall not hold it up come after this."""
-    if clocks_ptr is not None:
-        stamp(clocks_ptr, 2 * slot)
-    tl.debug_barrier()  # one thread counts for all of them, so all must have stored
-    if not ALONE:
-        tl.atomic_add(slots_ptr + slot, 1, sem="release")
-
-
-@triton.jit
-def meet(slots_ptr, slot, clocks_ptr, ALONE: tl.constexpr):
-    """Returns when all programs of the grid have come, and shows each what the others had written.
-
-    slots: int32, zeros; the one before `slot` is made zero again, since nobody can be waiting there any more. ALONE:
-    the only program.
-    """
-    if not ALONE:
-        everyone = tl.num_programs(0)
-        wait_until(slots_ptr + slot, everyone)
-        if (tl.program_id(0) == 0) & (slot > 0):
-            tl.store(slots_ptr + slot - 1, 0)
-    tl.debug_barrier()
-    if clocks_ptr is not None:
-        stamp(clocks_ptr, 2 * slot + 1)
-
-
-@triton.jit
-def stamp(clocks_ptr, i):
-    """The multiprocessor's clock, in row i of [.., programs]: even rows of coming, odd ones of being let through."""
-    now = tl.inline_asm_elementwise("mov.u64 $0, %clock64; // $1", "=l,r", [i], dtype=tl.int64, is_pure=False, pack=1)
-    tl.store(clocks_ptr + i * tl.num_programs(0) + tl.program_id(0), now)
-
-
-@triton.jit
-def wait_until(at, everyone):
-    """One thread asks, so that the others' questions do not stand in the way of who comes."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .pred again;
-        .reg .u32 thread;
-        mov.u32 thread, %tid.x;
-        mov.u32 $0, 0;
-        setp.ne.u32 again, thread, 0;
-        @again bra GO;
-        AGAIN:
-        ld.acquire.gpu.global.s32 $0, [$1];
-        setp.lt.s32 again, $0, $2;
-        @again bra AGAIN;
-        GO:
-        }""",
-        "=&r,l,r",
-        [at, everyone],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def leave(slots_ptr, last_slot, ALONE: tl.constexpr):
-    """At the end of the kernel: the last program to come makes the last meeting's slot zero, and its own."""
-    if not ALONE:
-        own = slots_ptr + last_slot + 1
-        if tl.atomic_add(own, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-            tl.store(slots_ptr + last_slot, 0)
-            tl.store(own, 0)
-
+from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, MIXED, PAIRS, ROWS, place
 
 # ---- products, whose operands lie in memory as `stream_pack` says
 
@@ -143,14 +72,6 @@ def halved(acc, ROWS: tl.constexpr, R: tl.constexpr, G: tl.constexpr):
     """[M, R, G / 2], the sums of neighbours."""
     even, odd = tl.split(tl.reshape(acc, (ROWS, R, G // 2, 2)))
     return even + odd
-
-
-@triton.jit
-def place(m, k, G: tl.constexpr, BK: tl.constexpr):
-    """Where x[m, k] lies."""
-    inner = k % BK
-    block = (((k // (G * BK)) * (BK // 32) + inner // 32) * 2 + m // 8) * G + (k // BK) % G
-    return block * 256 + (m % 8) * 32 + (inner % 8 // 2) * 8 + (inner % 32 // 8) * 2 + inner % 2
 
 
 # ---- phases

@@ -21,15 +21,14 @@ width, S rows of the cache, P programs.
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from pi0exp.kernels.attention import HIDDEN
 from pi0exp.kernels.kernel import AheadOfTime, Kernel, require
+from pi0exp.kernels.meetings import come, leave, meet
 from pi0exp.kernels.ring import (
     CHUNK_ROWS,
     CHUNK_WIDTH,
@@ -41,15 +40,12 @@ from pi0exp.kernels.ring import (
     all_rows,
     ask,
     barrier,
-    come,
-    leave,
-    meet,
     narrow_product,
 )  # fmt: skip
 from pi0exp.kernels.ring_pack import BK_D, BK_F, BK_OUT, BN, misfit, packed_ring, query_heads, unpacked_ring
 from pi0exp.kernels.ring_phases import add, attend, block_of, hide, mix, project
-from pi0exp.kernels.skinny_gemm import check_counters
-from pi0exp.kernels.stream_layers import PHASES, UNROLLED, check_clocks, layers_reference, row_stride
+from pi0exp.kernels.step import Sizes, launch_arguments
+from pi0exp.kernels.stream_layers import UNROLLED, layers_reference
 from pi0exp.kernels.stream_layers_cases import PI0, SIZES, case, types_of
 from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, MIXED, PAIRS, Weights
 
@@ -104,7 +100,7 @@ def stream_ring_kernel(
     ask(weights, ring, ready, taken, total, base, SLOTS)
     nothing = gl.zeros([ROWS, COLUMNS], gl.float32, layout=TILE_8)
     add(nothing, me, None, tokens_ptr, scales_ptr, x_ptr, xs_ptr, end_ptr, squares_ptr, M, 0, D, BK_D)
-    come(slots_ptr, slot, clocks_ptr)
+    come(slots_ptr, slot, clocks_ptr, False)
     for layer in range(L):
         # Queries, keys, values.
         room_k = rooms_ptr + gl.cast(layer, gl.int64) * rooms_L
@@ -112,7 +108,7 @@ def stream_ring_kernel(
         offsets = qkv_offsets_ptr
         if offsets is not None:
             offsets += layer * qkv_offsets_L
-        meet(slots_ptr, slot, clocks_ptr)
+        meet(slots_ptr, slot, clocks_ptr, False)
         if me < QKV_TILES:
             xq = all_rows(xs_ptr, M, D, BK_D)
             project(
@@ -122,7 +118,7 @@ def stream_ring_kernel(
             taken += QKV
 
         slot += 1
-        come(slots_ptr, slot, clocks_ptr)
+        come(slots_ptr, slot, clocks_ptr, False)
         if me < QKV_TILES:
             ask(weights, ring, ready, taken - QKV + SLOTS, total, base, QKV)
 
@@ -131,7 +127,7 @@ def stream_ring_kernel(
         head_kv, first = (item // parts) // (HEADS // HEADS_KV), (item % parts) * BN
         k = block_of(room_k, first, 0, settled, rooms_S, head_kv, H, BN)
         v = block_of(room_v, first, 0, settled, rooms_S, head_kv, H, BN)
-        meet(slots_ptr, slot, clocks_ptr)
+        meet(slots_ptr, slot, clocks_ptr, False)
         if (item < HEADS * parts) & (first + BN > settled):
             k += block_of(room_k, first, settled, S, rooms_S, head_kv, H, BN)
             v += block_of(room_v, first, settled, S, rooms_S, head_kv, H, BN)
@@ -146,17 +142,17 @@ def stream_ring_kernel(
                 v = block_of(room_v, first, 0, S, rooms_S, head_kv, H, BN)
 
         slot += 1
-        come(slots_ptr, slot, clocks_ptr)
-        meet(slots_ptr, slot, clocks_ptr)
+        come(slots_ptr, slot, clocks_ptr, False)
+        meet(slots_ptr, slot, clocks_ptr, False)
         for item in range(me, HEADS * (H // MIXED), gl.num_programs(0)):
             mix(acc_ptr, stats_ptr, mixed_ptr, item, parts, HEADS, H, PARTS, BK_OUT)
 
         slot += 1
-        come(slots_ptr, slot, clocks_ptr)
+        come(slots_ptr, slot, clocks_ptr, False)
         gates = gates_ptr
         if gates is not None:
             gates += 2 * layer * gates_N
-        meet(slots_ptr, slot, clocks_ptr)
+        meet(slots_ptr, slot, clocks_ptr, False)
         xo = all_rows(mixed_ptr, M, K, BK_OUT)
         y = narrow_product(xo, ring, ready, taken, K, BK_OUT)
         add(
@@ -166,14 +162,14 @@ def stream_ring_kernel(
         taken += OUT
 
         slot += 1
-        come(slots_ptr, slot, clocks_ptr)
+        come(slots_ptr, slot, clocks_ptr, False)
         ask(weights, ring, ready, taken - OUT + SLOTS, total, base, OUT)
 
         # The hidden layer.
         offsets = gate_up_offsets_ptr
         if offsets is not None:
             offsets += layer * gate_up_offsets_L
-        meet(slots_ptr, slot, clocks_ptr)
+        meet(slots_ptr, slot, clocks_ptr, False)
         xh = all_rows(xs_ptr, M, D, BK_D)
         hide(
             xh, ring, ready, taken, me, squares_ptr, offsets, hidden_ptr, M, eps, D, F, BK_D, BK_F, TILES
@@ -181,12 +177,12 @@ def stream_ring_kernel(
         taken += GATE_UP
 
         slot += 1
-        come(slots_ptr, slot, clocks_ptr)
+        come(slots_ptr, slot, clocks_ptr, False)
         ask(weights, ring, ready, taken - GATE_UP + SLOTS, total, base, GATE_UP)
         gates = gates_ptr
         if gates is not None:
             gates += (2 * layer + 1) * gates_N
-        meet(slots_ptr, slot, clocks_ptr)
+        meet(slots_ptr, slot, clocks_ptr, False)
         xd = all_rows(hidden_ptr, M, F, BK_F)
         y = narrow_product(xd, ring, ready, taken, F, BK_F)
         add(
@@ -196,9 +192,9 @@ def stream_ring_kernel(
         taken += DOWN
         slot += 1
         if layer < L - 1:
-            come(slots_ptr, slot, clocks_ptr)
+            come(slots_ptr, slot, clocks_ptr, False)
             ask(weights, ring, ready, taken - DOWN + SLOTS, total, base, DOWN)
-    leave(slots_ptr, slot - 1)
+    leave(slots_ptr, slot - 1, False)
 
 
 @torch.library.custom_op("pi0exp::stream_ring", mutates_args=("rooms_LBSMH", "slots", "clocks"))
@@ -212,56 +208,24 @@ def stream_ring(
 
     weights: of `packed_ring`, bf16. All other arguments as in `stream_layers`. Raises ValueError.
     """
-    (B, T, D), (P, L, chunks, values) = tokens_BTD.shape, weights_PLCV.shape
-    _, _, R, heads, H = rooms_LBSMH.shape
+    D, (P, L, chunks, values) = tokens_BTD.shape[2], weights_PLCV.shape
+    heads, H = rooms_LBSMH.shape[3:]
     K, F, N = heads // 2, HIDDEN_COLUMNS.value * P, query_heads(D, P, chunks, H)
-    C = (N + heads) * H
-    require(B == 1 and ROWS.value >= T, f"tokens are {list(tokens_BTD.shape)}: not [1, at most {ROWS.value}, D]")
     require(N > 0 and N % K == 0, f"{N} heads of {H} on {K}")
     require(not (why := misfit(D, H, F, N, N + heads)), why)
     fits = values == CHUNK_ROWS.value * CHUNK_WIDTH.value and weights_PLCV.is_contiguous()
     require(fits and weights_PLCV.dtype is torch.bfloat16 and D // COLUMNS.value == P, "weights are not of packed_ring")
-    require(tokens_BTD.is_contiguous() and tokens_BTD.is_floating_point(), "tokens are not contiguous floats")
-    for name, table, fit in (
-        ("scales", scales_ND, (2 * L + 1, D)), ("gates", gates_ND, (2 * L, D)), ("offsets", qkv_offsets_LC, (L, C)),
-        ("offsets", gate_up_offsets_LC, (L, 2 * F)),
-    ):  # fmt: skip
-        fits = table is None or (table.shape == fit and table.stride(1) == 1)
-        require(fits, f"{name} are {None if table is None else list(table.shape)}: not {list(fit)}")
-    require(rooms_LBSMH.shape == (L, 1, R, heads, H) and rooms_LBSMH.dtype is torch.bfloat16, "the rooms do not fit")
-    require(rooms_LBSMH.stride()[3:] == (H, 1), "heads must be adjacent in the rooms")
-    require(0 <= settled <= start <= R - T, f"rows {start} to {start + T} of {R}, of which {settled} are settled")
-    seen = keys_BS is None or (keys_BS.shape == (1, start + T) and keys_BS.stride(1) == 1)
-    require(seen, "keys are not [1, start + T], adjacent")
-    for turn in (cos_BT1H, sin_BT1H):
-        require(turn.shape == (1, T, 1, H) and turn.stride(3) == 1, f"{tuple(turn.shape)} turns no [1, {T}, 1, {H}]")
-    check_counters(slots, PHASES * L + 1)
-    check_clocks(clocks, L)
-    parts = triton.cdiv(start + T, BN)
-    x, end, q, xs, mixed, hidden = (
-        weights_PLCV.new_empty(size)
-        for size in ((T, D), (1, T, D), (T, N * H), (ROWS.value, D), (ROWS.value, N * H), (ROWS.value, F))
-    )
-    acc = tokens_BTD.new_empty((N, parts, ROWS.value, H), dtype=torch.float32)
-    stats = tokens_BTD.new_empty((N, 2, parts, ROWS.value), dtype=torch.float32)
-    squares = tokens_BTD.new_empty((D // COLUMNS.value, T), dtype=torch.float32)
-    block = [CHUNK_ROWS.value, CHUNK_WIDTH.value]
-    stream_ring_kernel[(P,)](
-        weights=TensorDescriptor.from_tensor(weights_PLCV.view(-1, CHUNK_WIDTH.value), block, RING.value),
-        tokens_ptr=tokens_BTD, x_ptr=x, xs_ptr=xs, end_ptr=end, squares_ptr=squares, scales_ptr=scales_ND,
-        gates_ptr=gates_ND, qkv_offsets_ptr=qkv_offsets_LC, gate_up_offsets_ptr=gate_up_offsets_LC, cos_ptr=cos_BT1H,
-        sin_ptr=sin_BT1H, rooms_ptr=rooms_LBSMH, keys_ptr=slots if keys_BS is None else keys_BS, q_ptr=q, acc_ptr=acc,
-        stats_ptr=stats, mixed_ptr=mixed, hidden_ptr=hidden, slots_ptr=slots, clocks_ptr=clocks, M=T,
-        start=start, settled=settled,
-        parts=parts, L=L, scale=scale, eps=eps, scales_N=scales_ND.stride(0), gates_N=row_stride(gates_ND),
-        qkv_offsets_L=row_stride(qkv_offsets_LC), gate_up_offsets_L=row_stride(gate_up_offsets_LC),
-        cos_T=cos_BT1H.stride(1), sin_T=sin_BT1H.stride(1), rooms_L=rooms_LBSMH.stride(0),
-        rooms_S=rooms_LBSMH.stride(2),
-        D=D, HEADS=N, HEADS_KV=K, H=H, F=F, BK_D=BK_D, BK_OUT=BK_OUT, BK_F=BK_F, BN=BN,
-        PARTS=triton.next_power_of_2(parts), MASKED=keys_BS is not None, BLIND=blind, HIDDEN=HIDDEN,
-        num_warps=G.value, launch_cooperative_grid=True,
+    given = launch_arguments(
+        Sizes(L, N, H, F, torch.bfloat16), P, BN, tokens_BTD, scales_ND, gates_ND, qkv_offsets_LC, gate_up_offsets_LC,
+        cos_BT1H, sin_BT1H, rooms_LBSMH, start, keys_BS, blind, scale, settled, eps, slots, clocks,
     )  # fmt: skip
-    return end, squares
+    block = [CHUNK_ROWS.value, CHUNK_WIDTH.value]
+    chunks_of_all = TensorDescriptor.from_tensor(weights_PLCV.view(-1, CHUNK_WIDTH.value), block, RING.value)
+    stream_ring_kernel[(P,)](
+        weights=chunks_of_all, **given, BK_D=BK_D, BK_OUT=BK_OUT, BK_F=BK_F, BN=BN, num_warps=G.value,
+        launch_cooperative_grid=True,
+    )  # fmt: skip
+    return given["end_ptr"], given["squares_ptr"]
 
 
 @stream_ring.register_fake

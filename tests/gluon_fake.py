@@ -144,7 +144,8 @@ LANGUAGE = SimpleNamespace(
     convert_layout=lambda x, layout, assert_trivial=False: x, split=lambda x: (x[..., 0], x[..., 1]),
     sum=lambda x, axis: x.sum(axis), max=lambda x, axis: x.amax(axis), where=either, cast=cast,
     minimum=pair(torch.minimum, min), maximum=pair(torch.maximum, max), to_tensor=lambda x: x, static_range=range,
-    exp=elementwise(torch.exp), exp2=elementwise(torch.exp2), rsqrt=elementwise(torch.rsqrt), load=load, store=store,
+    exp=elementwise(torch.exp), sigmoid=torch.sigmoid, debug_barrier=lambda: None,
+    exp2=elementwise(torch.exp2), rsqrt=elementwise(torch.rsqrt), load=load, store=store,
     atomic_add=atomic_add, program_id=lambda axis: _here.program, num_programs=lambda axis: _here.programs,
     allocate_shared_memory=lambda dtype, shape, layout: Shared(torch.zeros(shape, dtype=dtype)),
 )  # fmt: skip
@@ -153,7 +154,8 @@ MBARRIER = SimpleNamespace(
     MBarrierLayout=lambda: None,
 )  # fmt: skip
 NAMES = {
-    "gl": LANGUAGE, "mbarrier": MBARRIER, "load_block": load_block, "barrier": lambda: None, "mma_v2": product,
+    "gl": LANGUAGE, "tl": LANGUAGE,  # functions of Triton that Gluon's call
+    "mbarrier": MBARRIER, "load_block": load_block, "barrier": lambda: None, "mma_v2": product,
     "warpgroup_mma": product, "warpgroup_mma_wait": lambda num_outstanding, deps: deps[0], "wait_until": wait_until,
 }  # fmt: skip
 

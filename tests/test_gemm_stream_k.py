@@ -10,7 +10,7 @@ from helpers import noise_for, plain_config, tiny_observation, tiny_policy
 from pi0exp import build, config
 from pi0exp.errors import UserError
 from pi0exp.gemm.stream_k import StreamKGemm
-from pi0exp.kernels import ring, stream_k_gemm
+from pi0exp.kernels import gemm_epilogue, ring, stream_k_gemm
 from pi0exp.machine import Machine
 from pi0exp.model.precision import BF16, FP32_TRUTH
 from pi0exp.verify import SINGLE_RATIO, rel_l2
@@ -42,7 +42,7 @@ def test_actions_are_the_same(stages: tuple[str, ...], activation: bool, four: l
     StreamKGemm(activation=activation, min_rows=8).apply_to(policy, stages)
     noise_BCA = noise_for(policy, given)
     exact, own = (one.sample_actions(given, noise_BCA) for one in (truth, plain))
-    with gluon_fake.interpreted(ring, stream_k_gemm):
+    with gluon_fake.interpreted(gemm_epilogue, ring, stream_k_gemm):
         found = policy.sample_actions(given, noise_BCA)
     assert max(rel_l2(found, exact)) <= SINGLE_RATIO * max(rel_l2(own, exact))
     products = len(four) // 2

@@ -10,8 +10,17 @@ import gluon_fake
 import pytest
 import torch
 
+from pi0exp.kernels import (
+    gemm_epilogue,
+    meetings,
+    ring,
+    ring_phases,
+    stream_k_gemm,
+    stream_layers_cases,
+    stream_pack,
+    stream_ring,
+)
 from pi0exp.kernels import kernel as contract
-from pi0exp.kernels import ring, ring_phases, stream_k_gemm, stream_layers_cases, stream_ring
 from pi0exp.kernels.kernel import Kernel, check, discover
 
 CPU = torch.device("cpu")
@@ -53,7 +62,7 @@ def test_stream_k(sizes: tuple[int, int, int], more: dict[str, Any], multiproces
     def op(x: torch.Tensor, weight: torch.Tensor, parts: torch.Tensor, flags: torch.Tensor, *rest: Any) -> Any:
         parts = torch.full((multiprocessors, 128, 128), float("nan"))
         flags = torch.zeros(multiprocessors, dtype=torch.int32)
-        with gluon_fake.interpreted(ring, stream_k_gemm):
+        with gluon_fake.interpreted(gemm_epilogue, ring, stream_k_gemm):
             y = kernel.op._init_fn(x, weight, parts, flags, *rest)
         assert not flags.any()
         return y
@@ -84,7 +93,7 @@ def test_ring(made: contract.Case, monkeypatch):
     [kernel] = stream_ring.KERNELS
 
     def op(*given: Any) -> Any:
-        with gluon_fake.interpreted(ring, ring_phases, stream_ring):
+        with gluon_fake.interpreted(gemm_epilogue, meetings, ring, ring_phases, stream_pack, stream_ring):
             found = kernel.op._init_fn(*given)
         assert not given[-1].any()  # the counters of the meetings
         return found

@@ -1,19 +1,14 @@
 """experiments/phases.py: what clocks at meetings say, and what it answers without a GPU."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from pi0exp.kernels.stream_layers import PHASES, check_clocks
+from pi0exp.experiments import phases
+from pi0exp.kernels.step import PHASES, check_clocks
 
-SPEC = importlib.util.spec_from_file_location(
-    "phases", Path(__file__).resolve().parent.parent / "experiments" / "phases.py"
-)
-phases = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(phases)
 LAYERS, PROGRAMS = 8, 4
 
 
@@ -36,11 +31,12 @@ def test_phases_are_told_apart():
 
 
 def test_clocks_must_be_as_many_as_meetings():
-    check_clocks(None, LAYERS)
-    check_clocks(torch.zeros(2 * PHASES * LAYERS, PROGRAMS, dtype=torch.int64), LAYERS)
-    for wrong in (torch.zeros(3, 4, dtype=torch.int64), torch.zeros(2 * PHASES * LAYERS, PROGRAMS)):
-        with pytest.raises(ValueError, match=rf"clocks are not int64 \[{2 * PHASES * LAYERS}, programs\]"):
-            check_clocks(wrong, LAYERS)
+    check_clocks(None, LAYERS, PROGRAMS)
+    check_clocks(torch.zeros(2 * PHASES * LAYERS, PROGRAMS, dtype=torch.int64), LAYERS, PROGRAMS)
+    few = torch.zeros(2 * PHASES * LAYERS, PROGRAMS - 1, dtype=torch.int64)
+    for wrong in (torch.zeros(3, 4, dtype=torch.int64), torch.zeros(2 * PHASES * LAYERS, PROGRAMS), few):
+        with pytest.raises(ValueError, match=rf"clocks are not int64 \[{2 * PHASES * LAYERS}, {PROGRAMS}\]"):
+            check_clocks(wrong, LAYERS, PROGRAMS)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU would be measured")
