@@ -33,11 +33,11 @@ from pi0exp.kernels.kernel import Kernel, arguments_of, check
 from pi0exp.kernels.step import PHASES
 from pi0exp.kernels.stream_layers import KERNELS as REGISTERS
 from pi0exp.kernels.stream_ring import KERNELS as RING
-from pi0exp.load import write_whole
 from pi0exp.machine import this_machine
 from pi0exp.measure import fingerprint
 from pi0exp.result import CONFIG_ERROR, Outcome
 from pi0exp.timing import device_sample_ms
+from pi0exp.whole import write_whole
 
 NAMES = ("qkv", "attention", "mixing", "out", "hidden", "down")
 """The phases of a layer, each of which follows a meeting."""

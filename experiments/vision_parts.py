@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pi0exp.graphs.capture import Graph
-from pi0exp.load import write_whole
 from pi0exp.machine import this_machine
 from pi0exp.measure import fingerprint
 from pi0exp.model.observation import scaled
 from pi0exp.timing import device_sample_ms
+from pi0exp.whole import write_whole
 
 LAYERS, ROWS, WIDTH, HIDDEN, ROUNDS = 27, 768, 1152, 4304, 25
 SIZE, PATCH = 224, 14

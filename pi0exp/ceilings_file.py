@@ -6,8 +6,6 @@
 import fcntl
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any, Self
 from pi0exp.errors import UserError
 from pi0exp.machine import ceilings_path
 from pi0exp.root import default_root
+from pi0exp.whole import put_whole
 
 FRESH = timedelta(days=7)
 """How long rates are reused. Driver and libraries are part of what they belong to; what remains is a GPU's own ageing
@@ -61,10 +60,7 @@ class CeilingsFile:
             machines = self._read()
             kept = {name: vars(rate) for name, rate in (self._rates(machines, owner) | rates).items()}
             machines[key_of(owner)] = {"machine": owner, "rates": kept}
-            handle, part = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name)
-            with os.fdopen(handle, "w") as file:
-                json.dump({"format": 1, "machines": machines}, file, indent=2)
-            os.replace(part, self.path)  # whole or not at all
+            put_whole(self.path, json.dumps({"format": 1, "machines": machines}, indent=2).encode())
 
     def _read(self) -> dict[str, Any]:
         try:

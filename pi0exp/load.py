@@ -6,7 +6,6 @@ python -m pi0exp.load experiments/results/ladder
 import argparse
 import gzip
 import json
-import os
 import re
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pi0exp import pipes
 from pi0exp.errors import UserError
 from pi0exp.result import CONFIG_ERROR, Outcome, Result, record
 from pi0exp.track import NAME, Record, Store
+from pi0exp.whole import write_whole
 
 SUFFIXES = (".json", ".json.gz")
 PLAIN_BYTES = 1_000_000
@@ -52,24 +52,6 @@ def write_record(record: Record, directory: Path) -> Path:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     return path
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is to be committed, and its folder. It is there whole or not. Raises UserError."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
-            try:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)  # temporary files are their owner's only
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
 
 
 def try_folder(directory: Path) -> None:

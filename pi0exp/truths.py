@@ -7,8 +7,8 @@ the weights, precision, and each byte of the inputs.
 """
 
 import hashlib
+import io
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +22,7 @@ from pi0exp.ceilings_file import CeilingsFile
 from pi0exp.errors import UserError
 from pi0exp.key import source_digest
 from pi0exp.machine import Machine
+from pi0exp.whole import put_whole
 from pi0exp.workload import HostInput
 
 FORMAT = 1
@@ -61,12 +62,10 @@ class TruthFolder:
             raise UserError(f"{file} is no truth ({why}): delete it, it is then computed again") from error
 
     def keep(self, key: str, actions: Sequence[Tensor]) -> None:
-        """Whole or not at all. Raises OSError where the file cannot be written."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        at = datetime.now(UTC).isoformat(timespec="seconds")
-        with tempfile.NamedTemporaryFile(dir=self.path, delete=False) as part:
-            torch.save({"format": FORMAT, "key": key, "actions": list(actions), "at": at}, part)
-        Path(part.name).replace(self.path / f"{key}.pt")
+        """Raises OSError where the file cannot be written."""
+        at, content = datetime.now(UTC).isoformat(timespec="seconds"), io.BytesIO()
+        torch.save({"format": FORMAT, "key": key, "actions": list(actions), "at": at}, content)
+        put_whole(self.path / f"{key}.pt", content.getvalue())
 
 
 def key_of(machine: Machine, what: Any, inputs: Sequence[HostInput]) -> str:

@@ -11,13 +11,13 @@ from search_fakes import CPU, H200, Log, composed_once, cost_ms, measured, space
 from pi0exp import compose, config, outcomes
 from pi0exp.errors import UserError
 from pi0exp.experiments.tables import conf
-from pi0exp.load import write_whole
 from pi0exp.search import closing, stack_file
 from pi0exp.search.loop import Named
 from pi0exp.search.plan import Plan
 from pi0exp.search.run import run
 from pi0exp.search.settings import Objective, SearchConfig
 from pi0exp.search.trial import Trial
+from pi0exp.whole import write_whole
 
 pytest.importorskip("optuna", reason="the extra `search` is not installed")
 

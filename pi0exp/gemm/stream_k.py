@@ -4,6 +4,7 @@ Made for SigLIP's: `gemm.vision=stream_k`. It has not run on a GPU yet (experime
 patches, F hidden width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pi0exp.model.layers import Linear, MatmulFn
-from pi0exp.model.siglip import VisionMlp
+from pi0exp.model.siglip import VisionMlp, plain_hidden
 from pi0exp.option import Numerics, Requires, StagedOption
 from pi0exp.policy import Policy
 from pi0exp.precision.option import PrecisionOption
@@ -57,7 +58,7 @@ class StreamKGemm(StagedOption):
             if left := sum(not products.takes(one.weight) for one in policy.instances(Linear, stage)):
                 policy.note(f"{stage}: {left} Linear, of float32 or of a K that 8 does not divide, stay with BLAS")
             if self.activation and stage == "vision":
-                policy.fill(VisionMlp, "hidden", products.hidden, (stage,), "stream-K, GELU in the product")
+                policy.fill_each(VisionMlp, "hidden", products.hidden_of, (stage,), "stream-K, GELU in the product")
 
 
 class Products:
@@ -79,18 +80,23 @@ class Products:
         """See `pi0exp.kernels.stream_k_gemm`."""
         from pi0exp.kernels.stream_k_gemm import stream_k_gemm
 
-        if x.numel() < self.min_rows * x.shape[-1]:
-            few = F.linear(x, weight, bias)
-            return F.gelu(few, approximate="tanh") if activation == "gelu_tanh" else few
-        many: Tensor = stream_k_gemm(x, weight, self.parts, self.flags, bias, None, activation)
-        return many
+        made: Tensor = stream_k_gemm(x, weight, self.parts, self.flags, bias, None, activation)
+        return made
+
+    def enough(self, x: Tensor) -> bool:
+        """Whether x has the rows for it."""
+        return x.numel() >= self.min_rows * x.shape[-1]
 
     def matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The slot `Linear.matmul`."""
-        return self.product(x, weight, bias, "none")
+        return self.product(x, weight, bias, "none") if self.enough(x) else F.linear(x, weight, bias)
+
+    def hidden_of(self, mlp: VisionMlp) -> Callable[[VisionMlp, Tensor], Tensor] | None:
+        """The slot `VisionMlp.hidden`, of those whose first matrix is one for it."""
+        return self.hidden if self.takes(mlp.fc1.weight) else None
 
     def hidden(self, mlp: VisionMlp, x_BPD: Tensor) -> Tensor:
-        """The slot `VisionMlp.hidden`: [B, P, F]."""
-        if not self.takes(mlp.fc1.weight):
-            return mlp.activate(mlp.fc1(x_BPD))
+        """[B, P, F]."""
+        if not self.enough(x_BPD):
+            return plain_hidden(mlp, x_BPD)
         return self.product(x_BPD, mlp.fc1.weight, mlp.fc1.bias, "gelu_tanh")

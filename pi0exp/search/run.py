@@ -5,11 +5,11 @@ from typing import Any
 
 from pi0exp import compose, outcomes
 from pi0exp.card import console
-from pi0exp.load import write_whole
 from pi0exp.point import tell
 from pi0exp.result import Outcome
 from pi0exp.search import closing, loop, shown, stack_file
 from pi0exp.search.plan import Plan
+from pi0exp.whole import write_whole
 
 
 def run(plan: Plan, measure: loop.Measure, command: str) -> None:
