@@ -8,16 +8,13 @@ Shapes: L layers, P programs, C rows of w_qkv, D width of the residual stream, K
 width.
 """
 
-from itertools import accumulate, pairwise
-from math import prod
-
 import torch
 import triton
 from torch import Tensor
 
 from pi0exp.kernels.kernel import require
 from pi0exp.kernels.ring import CHUNK_ROWS, CHUNK_WIDTH, G
-from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, PAIRS, Weights, packed_tiles
+from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, PAIRS, Weights, packed_tiles, unordered
 
 BK_D, BK_OUT, BK_F, BN = 64, 256, 256, 64
 """Of K that a warp takes at a time, so that G warps and a tile's rows make a chunk; keys of a block."""
@@ -65,17 +62,7 @@ def unpacked_ring(weights_PLCV: Tensor, D: int, H: int, C: int) -> Weights:
     P, L, chunks, _ = weights_PLCV.shape
     F, K = HIDDEN_COLUMNS.value * P, query_heads(D, P, chunks, H) * H
     sizes = [(L, C, D), (L, D, K), (L, 2 * F, D), (L, D, F)]
-    # Where each value went; 0 is what stands where a program has no tile.
-    ends = [0, *accumulate(prod(size) for size in sizes)]
-    device = weights_PLCV.device
-    numbers = [
-        torch.arange(first + 1, last + 1, device=device).view(size)
-        for size, (first, last) in zip(sizes, pairwise(ends), strict=True)
-    ]
-    plain = weights_PLCV.new_empty(ends[-1] + 1)
-    plain[packed_ring(Weights(*numbers), H).flatten()] = weights_PLCV.flatten()
-    parts = plain[1:].split([last - first for first, last in pairwise(ends)])
-    return Weights(*(part.view(size) for part, size in zip(parts, sizes, strict=True)))
+    return unordered(weights_PLCV, sizes, lambda plain: packed_ring(plain, H))
 
 
 def misfit(D: int, H: int, F: int, N: int, heads: int) -> str:

@@ -14,7 +14,10 @@ Shapes: L layers, C rows of a weight, D width of the residual stream, K width in
 dim, G warps that share K, each BK of it at a time.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -95,13 +98,23 @@ def pack(weights: Weights, H: int) -> Weights:
 
 def unpack(packed: Weights, H: int) -> Weights:
     """The weights as `pack` was given them."""
-    numbers = [torch.arange(w.numel(), device=w.device).view(w.shape) for w in packed]
-    found = []
-    for weight, number in zip(packed, pack(Weights(*numbers), H), strict=True):
-        plain = torch.empty_like(weight).view(-1)
-        plain[number.flatten()] = weight.flatten()
-        found.append(plain.view(weight.shape))
-    return Weights(*found)
+
+    def flat(weights: Weights) -> Tensor:
+        return torch.cat([weight.flatten() for weight in weights])
+
+    return unordered(flat(packed), [tuple(w.shape) for w in packed], lambda plain: flat(pack(plain, H)))
+
+
+def unordered(values: Tensor, sizes: Sequence[tuple[int, ...]], order: Callable[[Weights], Tensor]) -> Weights:
+    """The weights, of these sizes, of which `order` made `values`; zeros that it may have added are left out."""
+    # Where each value went; 0 is what was added.
+    ends = [0, *accumulate(prod(size) for size in sizes)]
+    numbers = torch.arange(1, ends[-1] + 1, device=values.device)
+    spans = list(zip(pairwise(ends), sizes, strict=True))
+    plain = values.new_empty(ends[-1] + 1)
+    went = order(Weights(*(numbers[first:last].view(size) for (first, last), size in spans)))
+    plain[went.flatten()] = values.flatten()
+    return Weights(*(plain[1:][first:last].view(size) for (first, last), size in spans))
 
 
 def packed_tiles(weight_LCK: Tensor, R: int, G: int, BK: int) -> Tensor:

@@ -126,6 +126,10 @@ class Option:
         """Why it cannot stand in `stack` beside what else is there; none if it can."""
         return []
 
+    def at(self, stage: str) -> Option:
+        """The option that takes effect in one of STAGES."""
+        return self
+
     def parts(self) -> list[tuple[str, Option]]:
         """The options that take effect, with the stage they are for ("" for all)."""
         return [("", self)]
@@ -143,7 +147,7 @@ class StagedOption(Option):
     denoise: Any = None
 
     def apply(self, policy: Policy) -> None:
-        own = [stage for stage in STAGES if getattr(self, stage) is None and stage not in policy.closed]
+        own = [stage for stage in STAGES if self.at(stage) is self and stage not in policy.closed]
         if own:
             self.apply_to(policy, tuple(own))
         if type(self).apply_to is not StagedOption.apply_to:
@@ -155,6 +159,10 @@ class StagedOption(Option):
 
     def apply_to(self, policy: Policy, stages: tuple[str, ...]) -> None:
         """Change the given stages of `policy`; the plain option does nothing."""
+
+    def at(self, stage: str) -> Option:
+        own: Option | None = getattr(self, stage)
+        return self if own is None else own
 
     @property
     def idle(self) -> bool:

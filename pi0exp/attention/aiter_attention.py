@@ -48,7 +48,7 @@ class AiterAttention(StagedOption):
 
     def clashes(self, stack: "Stack") -> list[str]:
         reasons = []
-        masked = [stage for stage in STAGES[1:] if (getattr(stack.attention, stage) or stack.attention) is self]
+        masked = [stage for stage in STAGES[1:] if stack.attention.at(stage) is self]
         trims = isinstance(stack.fusion, Fusion) and stack.fusion.rewrites.trim_prompt
         unmasked = isinstance(stack.image_masking, Ignore) or (isinstance(stack.image_masking, Skip) and trims)
         if masked and not unmasked:

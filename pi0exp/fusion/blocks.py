@@ -62,11 +62,11 @@ def clashes(fusion: "Fusion", stack: "Stack") -> list[str]:
         if not there
     ]
     alone = "blocks computes the denoising step by itself:"
-    if not isinstance(getattr(stack.gemm, "denoise", None) or stack.gemm, Blas):
+    if not isinstance(stack.gemm.at("denoise"), Blas):
         reasons.append(f"{alone} gemm.denoise must be blas")
-    if getattr(stack.attention, "denoise", None) is not None:
+    if stack.attention.at("denoise") is not stack.attention:
         reasons.append(f"{alone} leave attention.denoise alone")
-    if not isinstance(getattr(stack.compile_mode, "denoise", None) or stack.compile_mode, NoCompile):
+    if not isinstance(stack.compile_mode.at("denoise"), NoCompile):
         reasons.append(f"{alone} compile_mode.denoise must be none")
     if isinstance(stack.precision, Fp8) and "denoise" in stack.precision.stages():
         reasons.append(f"{alone} precision=fp8 must keep denoise in bf16 (precision.keep=[denoise])")

@@ -53,10 +53,10 @@ def clashes(stack: "Stack") -> list[str]:
     from pi0exp.precision.fp8 import Fp8
 
     reasons = []
-    gemm = getattr(stack.gemm, "vision", None) or stack.gemm
+    gemm = stack.gemm.at("vision")
     if not isinstance(gemm, Blas) or gemm.library not in (Library.auto, Library.cublaslt) or not gemm.addmm_lt:
         reasons.append(f"{EPILOGUE} is cuBLASLt's: gemm.vision must be blas or cublaslt, with addmm_lt")
-    if not isinstance(getattr(stack.compile_mode, "vision", None) or stack.compile_mode, NoCompile):
+    if not isinstance(stack.compile_mode.at("vision"), NoCompile):
         reasons.append(f"{EPILOGUE} would be taken apart by a compiler: compile_mode.vision must be none")
     if isinstance(stack.precision, Fp8) and "vision" in stack.precision.stages():
         reasons.append(f"{EPILOGUE} has no fp8: precision=fp8 must keep vision in bf16 (precision.keep=[vision])")

@@ -77,7 +77,7 @@ class BlasOption(StagedOption):
         ]
 
     def apply(self, policy: Policy) -> None:
-        if any(getattr(self, stage) is None for stage in STAGES):
+        if any(self.at(stage) is self for stage in STAGES):
             self.switch(policy)
         super().apply(policy)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pi0exp.model.gemma import GemmaBlock
 from pi0exp.model.layers import Branch, GatedMlp, Linear, MatmulFn
 from pi0exp.model.siglip import VisionBlock, VisionMlp
-from pi0exp.option import ANY_GPU, STAGES, Numerics, StagedOption
+from pi0exp.option import ANY_GPU, Numerics, StagedOption
 from pi0exp.policy import Policy
 from pi0exp.precision.option import PrecisionOption
 
@@ -50,7 +50,7 @@ class TritonGemm(StagedOption):
 
     def clashes(self, stack: "Stack") -> list[str]:
         reasons = []
-        if self.activation and {"prefill", "denoise"} & self._stages(stack):
+        if self.activation and any(stack.gemm.at(stage) is self for stage in ("prefill", "denoise")):
             if not getattr(stack.fusion, "gate_up", False):
                 reasons.append("activation needs fusion.gate_up")
             if getattr(stack.fusion, "activation", False):
@@ -58,11 +58,6 @@ class TritonGemm(StagedOption):
         if isinstance(stack.precision, PrecisionOption) and stack.precision.model.activations == torch.float32:
             reasons.append("products of float32 stay with BLAS, and this precision has no others")
         return reasons
-
-    def _stages(self, stack: "Stack") -> set[str]:
-        """The stages in which this option takes effect."""
-        whole = stack.gemm
-        return {stage for stage in STAGES if (getattr(whole, stage, None) or whole) is self}
 
     def apply_to(self, policy: Policy, stages: tuple[str, ...]) -> None:
         products = Products(policy.device, self.max_skinny_rows)

@@ -70,7 +70,7 @@ class Fp8(PrecisionOption):
         return r"nvjet_(sm\d+_)?qq|float_e4m3"
 
     def clashes(self, stack: Stack) -> list[str]:
-        named = [(stage, getattr(stack.gemm, stage, None) or stack.gemm) for stage in self.stages()]
+        named = [(stage, stack.gemm.at(stage)) for stage in self.stages()]
         return [
             f"{stage}: gemm={type(option).__name__} multiplies bf16 weights; choose gemm=blas, or keep {stage} in bf16"
             for stage, option in named
