@@ -80,7 +80,7 @@ def measured(kernel: Kernel, device: torch.device) -> tuple[dict[str, Any], Call
     rooms = given[case.mutates[0]]
     clocks = torch.zeros(2 * PHASES * len(rooms), programs_of(kernel, given, device), dtype=torch.int64, device=device)
     for _ in range(BUSY):
-        kernel.op(*given, clocks)
+        kernel.op(*given[:-1], clocks)
     mhz = torch.cuda.clock_rate(device)  # of a GPU at work
     torch.cuda.synchronize(device)
     found = {"wrong": wrong, "differing": differing, "mhz": mhz, "phases": phases_of(clocks.cpu(), mhz)}
@@ -89,7 +89,11 @@ def measured(kernel: Kernel, device: torch.device) -> tuple[dict[str, Any], Call
         return [kernel.op(*given)[0] for _ in range(STEPS)][-1]
 
     graph = Graph(steps, 2, lambda line: None)
-    return found, lambda index: graph.replay()
+
+    def replay(index: int, reads: object = given) -> None:  # what the graph reads must live as long as its replays
+        graph.replay()
+
+    return found, replay
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -45,7 +45,7 @@ def stream_layers_reference(
     tokens_BTD: Tensor, qkv_LCD: Tensor, out_LDK: Tensor, gate_up_LCD: Tensor, down_LDF: Tensor, scales_ND: Tensor,
     gates_ND: Tensor | None, qkv_offsets_LC: Tensor | None, gate_up_offsets_LC: Tensor | None, cos_BT1H: Tensor,
     sin_BT1H: Tensor, rooms_LBSMH: Tensor, start: int, keys_BS: Tensor | None, blind: bool, scale: float, settled: int,
-    eps: float, slots: Tensor,
+    eps: float, slots: Tensor, clocks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The maths above, by the references of the launches."""
     weights = unpack(Weights(qkv_LCD, out_LDK, gate_up_LCD, down_LDF), rooms_LBSMH.shape[4])
@@ -231,7 +231,7 @@ def stream_layers(
     tokens_BTD: Tensor, qkv_LCD: Tensor, out_LDK: Tensor, gate_up_LCD: Tensor, down_LDF: Tensor, scales_ND: Tensor,
     gates_ND: Tensor | None, qkv_offsets_LC: Tensor | None, gate_up_offsets_LC: Tensor | None, cos_BT1H: Tensor,
     sin_BT1H: Tensor, rooms_LBSMH: Tensor, start: int, keys_BS: Tensor | None, blind: bool, scale: float, settled: int,
-    eps: float, slots: Tensor, clocks: Tensor | None = None,
+    eps: float, slots: Tensor, clocks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the final norm needs: xs behind the last layer, [1, T, D], and its squares, float32 [D / COLUMNS, T].
 

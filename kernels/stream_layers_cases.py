@@ -35,7 +35,7 @@ def _arguments(
         0.1 * floats(L, 2 * F) if adaptive else None,
         torch.cat([angles.cos()] * 2, dim=-1), torch.cat([angles.sin()] * 2, dim=-1),
         random(generator, device, L, 1, start + T + 1, 2, H, dtype=dtype), start,
-        keys if hidden else None, not adaptive, H**-0.5, settled, eps, counters_on(device),
+        keys if hidden else None, not adaptive, H**-0.5, settled, eps, counters_on(device), None,
     )  # fmt: skip
 
 

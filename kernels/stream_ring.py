@@ -54,7 +54,7 @@ def stream_ring_reference(
     tokens_BTD: Tensor, weights_PLCV: Tensor, scales_ND: Tensor, gates_ND: Tensor | None,
     qkv_offsets_LC: Tensor | None, gate_up_offsets_LC: Tensor | None, cos_BT1H: Tensor, sin_BT1H: Tensor,
     rooms_LBSMH: Tensor, start: int, keys_BS: Tensor | None, blind: bool, scale: float, settled: int, eps: float,
-    slots: Tensor,
+    slots: Tensor, clocks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The maths of `stream_layers`, by the references of its launches."""
     (*_, D), (*_, heads, H) = tokens_BTD.shape, rooms_LBSMH.shape
@@ -202,7 +202,7 @@ def stream_ring(
     tokens_BTD: Tensor, weights_PLCV: Tensor, scales_ND: Tensor, gates_ND: Tensor | None,
     qkv_offsets_LC: Tensor | None, gate_up_offsets_LC: Tensor | None, cos_BT1H: Tensor, sin_BT1H: Tensor,
     rooms_LBSMH: Tensor, start: int, keys_BS: Tensor | None, blind: bool, scale: float, settled: int, eps: float,
-    slots: Tensor, clocks: Tensor | None = None,
+    slots: Tensor, clocks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the final norm needs, as `stream_layers`: xs [1, T, D], and its squares, float32 [D / COLUMNS, T].
 

@@ -81,7 +81,7 @@ class Layers:
         keys_BS = None if mask.full else mask.keys_BS
         return self.launch(
             tokens_BTD.contiguous(), *self.tables(cond), *rotation, one_room(cache), start, keys_BS, mask.blind, scale,
-            settled, self.eps, self.slots,
+            settled, self.eps, self.slots, None,
         )  # fmt: skip
 
 
