@@ -26,6 +26,8 @@ CHUNK_ROWS, CHUNK_WIDTH = gl.constexpr(256), gl.constexpr(64)
 """A chunk of a weight as the copy engine sees it: 32 KB, the largest block that it takes."""
 SLOTS = gl.constexpr(6)
 """More do not fit beside what layouts are changed through: 227 KB a multiprocessor."""
+ASK_QKV, ASK_ATTENTION, ASK_MIXING, ASK_OUT, ASK_DOWN = map(gl.constexpr, (1, 2, 2, 1, 1))
+"""Chunks that a program asks for behind each phase; behind the hidden layer those of w_qkv, if it has any."""
 RING = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
 # ---- layouts
@@ -33,6 +35,7 @@ RING = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidt
 CHUNK = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0]))
 """16 bytes a thread, 32 rows at a time: the flat order of `stream_pack`, G warps one behind the other."""
 FLAT = gl.constexpr(gl.BlockedLayout([8], [32], [8], [0]))
+FLAT_4 = gl.constexpr(gl.BlockedLayout([4], [32], [8], [0]))
 PRODUCT = gl.constexpr(gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[8, 1, 1], instr_shape=[1, 16, 8]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, PRODUCT, 2))
 RIGHT = gl.constexpr(gl.DotOperandLayout(1, PRODUCT, 2))
@@ -65,6 +68,26 @@ def ask(weights, ring, ready, first, total, base, COUNT: gl.constexpr):
         slot = (first + i) % SLOTS
         row = (base + first + i) * CHUNK_ROWS
         load_block(weights, [row, 0], ready.index(slot), ring.index(slot), pred=first + i < total)
+
+
+@gluon.jit
+def read_ahead(at, size):
+    """Asks for `size` bytes, a multiple of 16, to be in the L2 soon: by one thread, and for nobody who waits."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred mine;
+        .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.eq.u32 mine, thread, 0;
+        @mine cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r",
+        [at, size],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @gluon.jit

@@ -12,6 +12,8 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from pi0exp.kernels.gemm_epilogue import activate
 from pi0exp.kernels.ring import (
     CACHE,
+    FLAT,
+    FLAT_4,
     PRODUCT,
     ROWS,
     SCORES,
@@ -80,31 +82,58 @@ def project(
     gl.store(to + HALF, high.to(kind), mask=inside)
 
 
+# Keys and values, too, are read into the lanes that multiply them, 16 and 8 bytes at once: what a product sums over,
+# and the columns of its result, may be in any order, if its other side, and who reads the result, knows it.
+#
+#     the c-th of what scores sum over is h = 32 a + 8 l + 4 d + 2 e + f      c = 32 a + 16 d + 8 e + 2 l + f
+#     column n of the attended values is h = 32 w + 4 l + j                   n = 64 j + 8 w + l
+
+
 @gluon.jit
-def block_of(at_ptr, first, begin, end, stride, head_kv, H: gl.constexpr, BN: gl.constexpr):
-    """BN rows of the keys or values from `first` on, those from `begin` to `end`; others are zeros."""
-    key = first + gl.arange(0, BN, layout=gl.SliceLayout(1, CACHE))
+def keys_of(at_ptr, first, begin, end, stride, head_kv, H: gl.constexpr, BN: gl.constexpr):
+    """BN keys from `first` on, [H in the order c, BN]; those from `begin` to `end`, others are zeros."""
+    i = gl.arange(0, BN * H, layout=FLAT)
+    key = first + i // 32 % BN
+    h = i // (32 * BN) * 32 + i % 32
+    inside = (key >= begin) & (key < end)
+    k = gl.load(at_ptr + head_kv * H + key * stride + h, mask=inside, other=0.0, cache_modifier=".cg")
+    k = gl.permute(gl.reshape(k, [H // 32, BN, 4, 2, 2, 2]), [0, 3, 4, 2, 5, 1])
+    return gl.convert_layout(gl.reshape(k, [H, BN]), SCORES_RIGHT, assert_trivial=True)
+
+
+@gluon.jit
+def values_of(at_ptr, first, begin, end, stride, head_kv, H: gl.constexpr, BN: gl.constexpr):
+    """BN values likewise, [BN, H in the order n]."""
+    i = gl.arange(0, BN * H, layout=FLAT_4)
+    key = first + i // (16 * H) * 16 + i // (8 * H) % 2 * 8 + i // 4 % 4 * 2 + i // (4 * H) % 2
+    h = i // 16 % (H // 4) * 4 + i % 4
+    inside = (key >= begin) & (key < end)
+    v = gl.load(at_ptr + head_kv * H + key * stride + h, mask=inside, other=0.0, cache_modifier=".cg")
+    v = gl.permute(gl.reshape(v, [BN // 16, 2, 2, H // 32, 8, 4, 4]), [0, 1, 5, 2, 6, 3, 4])
+    return gl.convert_layout(gl.reshape(v, [BN, H]), SCORES_RIGHT, assert_trivial=True)
+
+
+@gluon.jit
+def queries_of(q_ptr, head, M, HEADS: gl.constexpr, H: gl.constexpr):
+    """The rows of a head; zeros where there is no such head."""
+    m_M = gl.arange(0, ROWS, layout=gl.SliceLayout(1, CACHE))
     h = gl.arange(0, H, layout=gl.SliceLayout(0, CACHE))
-    inside = (((key >= begin) & (key < end))[:, None]) & (h >= 0)[None, :]
-    return gl.load(
-        at_ptr + head_kv * H + key[:, None] * stride + h[None, :], mask=inside, other=0.0, cache_modifier=".cg"
-    )
+    inside = ((m_M < M) & (head < HEADS))[:, None] & (h >= 0)[None, :]
+    return gl.load(q_ptr + (m_M[:, None] * HEADS + head) * H + h[None, :], mask=inside, other=0.0, cache_modifier=".cg")
 
 
 @gluon.jit
 def attend(
-    q_ptr, k, v, keys_ptr, acc_ptr, stats_ptr, item, parts, M, S, scale,
+    q, k, v, keys_ptr, acc_ptr, stats_ptr, item, parts, M, S, scale,
     HEADS: gl.constexpr, H: gl.constexpr, BN: gl.constexpr, MASKED: gl.constexpr, BLIND: gl.constexpr,
     HIDDEN: gl.constexpr,
 ):  # fmt: skip
-    """One head's rows against one block of BN keys. acc: [HEADS, parts, ROWS, H]; stats: [HEADS, 2, parts, ROWS]."""
+    """One head's rows against one block of BN keys. acc: [HEADS, parts, ROWS, H in the order n]; stats: [HEADS, 2,
+    parts, ROWS].
+    """
     head, part = item // parts, item % parts
-    m_M = gl.arange(0, ROWS, layout=gl.SliceLayout(1, CACHE))
-    h = gl.arange(0, H, layout=gl.SliceLayout(0, CACHE))
-    inside = (m_M < M)[:, None] & (h >= 0)[None, :]
-    q = gl.load(q_ptr + (m_M[:, None] * HEADS + head) * H + h[None, :], mask=inside, other=0.0, cache_modifier=".cg")
-    q = gl.convert_layout(q, SCORES_LEFT)
-    k = gl.convert_layout(gl.permute(k, [1, 0]), SCORES_RIGHT)
+    q = gl.permute(gl.reshape(q, [ROWS, H // 32, 4, 2, 2, 2]), [0, 1, 3, 4, 2, 5])
+    q = gl.convert_layout(gl.reshape(q, [ROWS, H]), SCORES_LEFT)
     scores = mma_v2(q, k, gl.zeros([ROWS, BN], gl.float32, layout=SCORES))
     scores *= gl.cast(scale, gl.float32) * 1.4426950408889634
     m_M = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
@@ -119,9 +148,9 @@ def attend(
     probs = gl.exp2(scores - largest[:, None])
     total = gl.sum(probs, 1)
     probs = gl.convert_layout(probs.to(gl.bfloat16), SCORES_LEFT)
-    acc = mma_v2(probs, gl.convert_layout(v, SCORES_RIGHT), gl.zeros([ROWS, H], gl.float32, layout=SCORES))
-    h = gl.arange(0, H, layout=gl.SliceLayout(0, SCORES))
-    gl.store(acc_ptr + ((head * parts + part) * ROWS + m_M[:, None]) * H + h[None, :], acc)
+    acc = mma_v2(probs, v, gl.zeros([ROWS, H], gl.float32, layout=SCORES))
+    n = gl.arange(0, H, layout=gl.SliceLayout(0, SCORES))
+    gl.store(acc_ptr + ((head * parts + part) * ROWS + m_M[:, None]) * H + n[None, :], acc)
     gl.store(stats_ptr + (head * 2 * parts + part) * ROWS + m_M, largest)
     gl.store(stats_ptr + (head * 2 * parts + parts + part) * ROWS + m_M, total)
 
@@ -131,9 +160,9 @@ def mix(
     acc_ptr, stats_ptr, mixed_ptr, item, parts, HEADS: gl.constexpr, H: gl.constexpr, PARTS: gl.constexpr,
     BK: gl.constexpr,
 ):  # fmt: skip
-    """MIXED columns of one head from all its parts, weighed in the order of the keys. PARTS: at least `parts`."""
+    """MIXED columns n of one head from all its parts, weighed in the order of the keys. PARTS: at least `parts`."""
     head = item // (H // MIXED)
-    c = (item % (H // MIXED)) * MIXED + gl.arange(0, MIXED, layout=gl.SliceLayout(0, TILE_16))[None, :]
+    n = (item % (H // MIXED)) * MIXED + gl.arange(0, MIXED, layout=gl.SliceLayout(0, TILE_16))[None, :]
     m_M1 = gl.arange(0, ROWS, layout=gl.SliceLayout(1, TILE_16))[:, None]
     # A part after the other, so that each thread has its values of all of them, and none waits for another's.
     largest = ()  # type: Any
@@ -144,8 +173,8 @@ def mix(
         at = stats_ptr + (head * 2 * parts + part) * ROWS + m_M1
         largest = largest + (gl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg"),)  # noqa: RUF005
         totals = totals + (gl.load(at + parts * ROWS, mask=there, other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
-        at = acc_ptr + ((head * parts + part) * ROWS + m_M1) * H + c
-        accs = accs + (gl.load(at, mask=there & (c >= 0), other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
+        at = acc_ptr + ((head * parts + part) * ROWS + m_M1) * H + n
+        accs = accs + (gl.load(at, mask=there & (n >= 0), other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
     top = largest[0]
     for part in gl.static_range(1, PARTS):
         top = gl.maximum(top, largest[part])
@@ -156,7 +185,8 @@ def mix(
         total += totals[part] * weight
         out += accs[part] * weight
     out = out / total
-    gl.store(mixed_ptr + place(m_M1, head * H + c, G, BK), out.to(mixed_ptr.dtype.element_ty))
+    h = n // 8 % (H // 32) * 32 + n % 8 * 4 + n // (H // 4)
+    gl.store(mixed_ptr + place(m_M1, head * H + h, G, BK), out.to(mixed_ptr.dtype.element_ty))
 
 
 @gluon.jit

@@ -30,6 +30,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from pi0exp.kernels.kernel import AheadOfTime, Kernel, require
 from pi0exp.kernels.meetings import come, leave, meet
 from pi0exp.kernels.ring import (
+    ASK_ATTENTION,
+    ASK_DOWN,
+    ASK_MIXING,
+    ASK_OUT,
+    ASK_QKV,
     CHUNK_ROWS,
     CHUNK_WIDTH,
     RING,
@@ -41,9 +46,10 @@ from pi0exp.kernels.ring import (
     ask,
     barrier,
     narrow_product,
+    read_ahead,
 )  # fmt: skip
 from pi0exp.kernels.ring_pack import BK_D, BK_F, BK_OUT, BN, misfit, packed_ring, query_heads, unpacked_ring
-from pi0exp.kernels.ring_phases import add, attend, block_of, hide, mix, project
+from pi0exp.kernels.ring_phases import add, attend, hide, keys_of, mix, project, queries_of, values_of
 from pi0exp.kernels.step import Sizes, launch_arguments
 from pi0exp.kernels.stream_layers import UNROLLED, layers_reference
 from pi0exp.kernels.stream_layers_cases import PI0, SIZES, case, types_of
@@ -97,7 +103,9 @@ def stream_ring_kernel(
     base = me * CHUNKS * L
     taken = gl.to_tensor(0)
     slot = gl.to_tensor(0)
-    ask(weights, ring, ready, taken, total, base, SLOTS)
+    own = gl.where(me < QKV_TILES, QKV, 0)
+    asked = own + ASK_DOWN
+    ask(weights, ring, ready, 0, gl.minimum(total, asked), base, QKV + ASK_DOWN)
     nothing = gl.zeros([ROWS, COLUMNS], gl.float32, layout=TILE_8)
     add(nothing, me, None, tokens_ptr, scales_ptr, x_ptr, xs_ptr, end_ptr, squares_ptr, M, 0, D, BK_D)
     come(slots_ptr, slot, clocks_ptr, False)
@@ -108,6 +116,10 @@ def stream_ring_kernel(
         offsets = qkv_offsets_ptr
         if offsets is not None:
             offsets += layer * qkv_offsets_L
+        if me < parts:  # attention finds the blocks of the cache in the L2
+            rows = gl.minimum(BN, settled - me * BN)
+            if rows > 0:
+                read_ahead(room_k + me * BN * rooms_S, rows * rooms_S * 2)
         meet(slots_ptr, slot, clocks_ptr, False)
         if me < QKV_TILES:
             xq = all_rows(xs_ptr, M, D, BK_D)
@@ -119,36 +131,40 @@ def stream_ring_kernel(
 
         slot += 1
         come(slots_ptr, slot, clocks_ptr, False)
-        if me < QKV_TILES:
-            ask(weights, ring, ready, taken - QKV + SLOTS, total, base, QKV)
 
         # Attention: rows of a head against blocks of keys. What stood in the cache before is read before the meeting.
         item = me
         head_kv, first = (item // parts) // (HEADS // HEADS_KV), (item % parts) * BN
-        k = block_of(room_k, first, 0, settled, rooms_S, head_kv, H, BN)
-        v = block_of(room_v, first, 0, settled, rooms_S, head_kv, H, BN)
+        k = keys_of(room_k, first, 0, settled, rooms_S, head_kv, H, BN)
+        v = values_of(room_v, first, 0, settled, rooms_S, head_kv, H, BN)
+        ask(weights, ring, ready, asked, total, base, ASK_QKV)
+        asked += ASK_QKV
         meet(slots_ptr, slot, clocks_ptr, False)
+        q = queries_of(q_ptr, item // parts, M, HEADS, H)
         if (item < HEADS * parts) & (first + BN > settled):
-            k += block_of(room_k, first, settled, S, rooms_S, head_kv, H, BN)
-            v += block_of(room_v, first, settled, S, rooms_S, head_kv, H, BN)
+            k += keys_of(room_k, first, settled, S, rooms_S, head_kv, H, BN)
+            v += values_of(room_v, first, settled, S, rooms_S, head_kv, H, BN)
         while item < HEADS * parts:
-            attend(
-                q_ptr, k, v, keys_ptr, acc_ptr, stats_ptr, item, parts, M, S, scale, HEADS, H, BN, MASKED, BLIND, HIDDEN
-            )
+            attend(q, k, v, keys_ptr, acc_ptr, stats_ptr, item, parts, M, S, scale, HEADS, H, BN, MASKED, BLIND, HIDDEN)
             item += gl.num_programs(0)
             if item < HEADS * parts:
                 head_kv, first = (item // parts) // (HEADS // HEADS_KV), (item % parts) * BN
-                k = block_of(room_k, first, 0, S, rooms_S, head_kv, H, BN)
-                v = block_of(room_v, first, 0, S, rooms_S, head_kv, H, BN)
+                q = queries_of(q_ptr, item // parts, M, HEADS, H)
+                k = keys_of(room_k, first, 0, S, rooms_S, head_kv, H, BN)
+                v = values_of(room_v, first, 0, S, rooms_S, head_kv, H, BN)
 
         slot += 1
         come(slots_ptr, slot, clocks_ptr, False)
+        ask(weights, ring, ready, asked, total, base, ASK_ATTENTION)
+        asked += ASK_ATTENTION
         meet(slots_ptr, slot, clocks_ptr, False)
         for item in range(me, HEADS * (H // MIXED), gl.num_programs(0)):
             mix(acc_ptr, stats_ptr, mixed_ptr, item, parts, HEADS, H, PARTS, BK_OUT)
 
         slot += 1
         come(slots_ptr, slot, clocks_ptr, False)
+        ask(weights, ring, ready, asked, total, base, ASK_MIXING)
+        asked += ASK_MIXING
         gates = gates_ptr
         if gates is not None:
             gates += 2 * layer * gates_N
@@ -163,7 +179,8 @@ def stream_ring_kernel(
 
         slot += 1
         come(slots_ptr, slot, clocks_ptr, False)
-        ask(weights, ring, ready, taken - OUT + SLOTS, total, base, OUT)
+        ask(weights, ring, ready, asked, total, base, ASK_OUT)
+        asked += ASK_OUT
 
         # The hidden layer.
         offsets = gate_up_offsets_ptr
@@ -178,7 +195,8 @@ def stream_ring_kernel(
 
         slot += 1
         come(slots_ptr, slot, clocks_ptr, False)
-        ask(weights, ring, ready, taken - GATE_UP + SLOTS, total, base, GATE_UP)
+        ask(weights, ring, ready, asked, gl.minimum(total, asked + own), base, QKV)
+        asked += own
         gates = gates_ptr
         if gates is not None:
             gates += (2 * layer + 1) * gates_N
@@ -193,7 +211,8 @@ def stream_ring_kernel(
         slot += 1
         if layer < L - 1:
             come(slots_ptr, slot, clocks_ptr, False)
-            ask(weights, ring, ready, taken - DOWN + SLOTS, total, base, DOWN)
+        ask(weights, ring, ready, asked, total, base, ASK_DOWN)
+        asked += ASK_DOWN
     leave(slots_ptr, slot - 1, False)
 
 

@@ -30,8 +30,9 @@ def environment(scratch: Path) -> dict[str, str]:
     """Temporary files under `scratch`, toy subjects importable, no settings of whoever runs the tests."""
     ours = ("PI0EXP_", "MLFLOW_", "HYDRA_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
     # Tensors this small are fastest on one thread.
-    return kept | {"PYTHONPATH": str(TESTS), "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
+    return kept | {"PYTHONPATH": path, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
 
 
 def start(root: Path, *words: str, scratch: Path | None = None, **variables: str) -> subprocess.Popen[str]:

@@ -98,6 +98,7 @@ def ceilings(root: Path) -> dict[str, str]:
 
 def test_errors_of_the_gpu_are_outcomes_and_the_next_point_finds_it_clean(root, gpu):
     done = pi0exp(root, *words(root), "-m", f"+graphs.fault={','.join(SWEEP)}", timeout_s=600, **ceilings(root))
+    assert done.returncode == 5, done.stderr
     found = {run.data.params["graphs.fault"]: run for run in runs(root)}
     told = {name: (run.data.tags["outcome"], run.data.tags["reasons"]) for name, run in found.items()}
     assert {name: outcome for name, (outcome, _) in told.items()} == {
@@ -106,7 +107,6 @@ def test_errors_of_the_gpu_are_outcomes_and_the_next_point_finds_it_clean(root, 
     for name, (_, reason) in EXPECTED.items():
         assert reason in told[name][1]
         assert name == "none" or f"about to {name}" in artifact(root, found[name], "log.txt").read_text()
-    assert done.returncode == 5
     assert done.stdout.splitlines()[-1].startswith("study adhoc: 1 of 5 points settled; missing: #0 oom")
     assert processes(root / "pi0exp-") == []
     gpu.assert_clean()

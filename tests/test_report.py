@@ -100,6 +100,15 @@ def test_a_point_is_the_planned_one_that_says_most_of_it():
     assert {"workload.seed=1", "fusion.norms=False", "fusion.rope=False"} <= {*left}
 
 
+def test_a_point_of_a_stack_is_none_of_those_that_set_its_options():
+    one = study.study("fidelity")
+    words = (("attention=eager",), ("precision=fp8",), ("stack=h200_best",), ("stack=7_hoists",))
+    left = missing(one, [fakes.made("fidelity", line, 20.0) for line in words])
+    assert not {line for (line,) in words} & {*left}
+    assert len(left) == len(one.planned) - len(words)
+    assert {"attention=triton", "graphs=manual", "stack=fork_best"} <= {*left}
+
+
 def test_a_setting_as_in_its_file_is_not_that_of_another_point():
     one = study.study("attention_backends")
     automatic = fakes.made("attention_backends", ("stack=7_hoists", "attention=sdpa"), 27.0)

@@ -180,8 +180,15 @@ def _place(study: "Study", record: Record) -> int:
     """Which of the planned points this is: of those that nothing speaks against the one that says the most.
 
     Words that the study would have without them say nothing: `workload.seed=0`, for the point that changes nothing.
+    Where points name stacks, one of a stack is none of those that set its options one by one, nor the other way round.
     """
-    fits = [i for i, words in enumerate(study.planned) if all(holds(record, *word) for word in words.items())]
+    stacks = any("stack" in words for words in study.planned)
+    fits = [
+        i
+        for i, words in enumerate(study.planned)
+        if all(holds(record, *word) for word in words.items())
+        and (not stacks or record["params"].get("stack") == words.get("stack", study.stack))
+    ]
     if len(fits) < 2:
         return fits[0] if fits else len(study.planned)
 

@@ -41,6 +41,12 @@ class Study:
         """What the study composes to where nothing is swept; nothing for one that has no yaml."""
         return compose.from_words([f"study={self.name}"]) if self.name in compose.files()["study"] else {}
 
+    @property
+    def stack(self) -> str | None:
+        """The named stack that the study has without a word that says it."""
+        name = self._unswept.get("names", {}).get("stack")
+        return None if name is None else str(name)
+
     def has(self, name: str, value: str) -> bool:
         """Whether `name=value` is so in the study without a word that says it."""
         with suppress(KeyError):
