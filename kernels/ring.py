@@ -26,7 +26,7 @@ CHUNK_ROWS, CHUNK_WIDTH = gl.constexpr(256), gl.constexpr(64)
 """A chunk of a weight as the copy engine sees it: 32 KB, the largest block that it takes."""
 SLOTS = gl.constexpr(6)
 """More do not fit beside what layouts are changed through: 227 KB a multiprocessor."""
-ASK_QKV, ASK_ATTENTION, ASK_MIXING, ASK_OUT, ASK_DOWN = map(gl.constexpr, (1, 2, 2, 1, 1))
+ASK_QKV, ASK_ATTENTION, ASK_MIXING, ASK_OUT, ASK_DOWN = map(gl.constexpr, (2, 2, 1, 1, 1))
 """Chunks that a program asks for behind each phase; behind the hidden layer those of w_qkv, if it has any."""
 RING = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
@@ -68,26 +68,6 @@ def ask(weights, ring, ready, first, total, base, COUNT: gl.constexpr):
         slot = (first + i) % SLOTS
         row = (base + first + i) * CHUNK_ROWS
         load_block(weights, [row, 0], ready.index(slot), ring.index(slot), pred=first + i < total)
-
-
-@gluon.jit
-def read_ahead(at, size):
-    """Asks for `size` bytes, a multiple of 16, to be in the L2 soon: by one thread, and for nobody who waits."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred mine;
-        .reg .u32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 mine, thread, 0;
-        @mine cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r",
-        [at, size],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @gluon.jit

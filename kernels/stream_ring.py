@@ -46,7 +46,6 @@ from pi0exp.kernels.ring import (
     ask,
     barrier,
     narrow_product,
-    read_ahead,
 )  # fmt: skip
 from pi0exp.kernels.ring_pack import BK_D, BK_F, BK_OUT, BN, misfit, packed_ring, query_heads, unpacked_ring
 from pi0exp.kernels.ring_phases import add, attend, hide, keys_of, mix, project, queries_of, values_of
@@ -116,10 +115,6 @@ def stream_ring_kernel(
         offsets = qkv_offsets_ptr
         if offsets is not None:
             offsets += layer * qkv_offsets_L
-        if me < parts:  # attention finds the blocks of the cache in the L2
-            rows = gl.minimum(BN, settled - me * BN)
-            if rows > 0:
-                read_ahead(room_k + me * BN * rooms_S, rows * rooms_S * 2)
         meet(slots_ptr, slot, clocks_ptr, False)
         if me < QKV_TILES:
             xq = all_rows(xs_ptr, M, D, BK_D)

@@ -157,7 +157,6 @@ NAMES = {
     "gl": LANGUAGE, "tl": LANGUAGE,  # functions of Triton that Gluon's call
     "mbarrier": MBARRIER, "load_block": load_block, "barrier": lambda: None, "mma_v2": product,
     "warpgroup_mma": product, "warpgroup_mma_wait": lambda num_outstanding, deps: deps[0], "wait_until": wait_until,
-    "read_ahead": lambda at, size: None,
 }  # fmt: skip
 
 

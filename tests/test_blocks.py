@@ -251,7 +251,8 @@ def test_the_stack_has_all_exact_rewrites():
     assert r"stream_(qkv|layers|ring)|attend_combine" in option.proofs()
     assert config.stack(plain_config("stack=10_persistent")).fusion == replace(option, persistent=True)
     hopper = config.stack(plain_config("fusion=hopper")).fusion
-    assert hopper == replace(option, persistent=True, gelu_epilogue=True)
+    assert hopper == replace(option, persistent=True, ring=True, gelu_epilogue=True)
+    assert config.stack(plain_config("stack=11_hopper")).fusion == hopper
 
 
 def test_options_for_all_stages_leave_its_stage_alone():

@@ -47,7 +47,7 @@ def test_any_observation(group: int):
     check_observations(group, "stack=9_blocks", horizons=50, batches=4)
 
 
-@pytest.mark.parametrize("words", ["stack=10_persistent", "stack=10_persistent fusion=hopper fusion.ring=true"])
+@pytest.mark.parametrize("words", ["stack=10_persistent", "stack=11_hopper"])
 @pytest.mark.parametrize("group", range(GROUPS, GROUPS + 6))
 def test_any_observation_in_one_launch(words: str, group: int):
     check_observations(group, words, horizons=15, batches=1)
@@ -80,7 +80,7 @@ def check_observations(group: int, words: str, horizons: int, batches: int) -> N
     ("stack", "horizon"),
     [
         (stack, horizon)
-        for stack in ("9_blocks", "10_persistent", "10_persistent fusion=hopper", "10_persistent fusion.ring=true")
+        for stack in ("9_blocks", "10_persistent", "10_persistent fusion.ring=true", "11_hopper")
         for horizon in (10, 50)
     ],
 )

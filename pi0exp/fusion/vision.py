@@ -50,6 +50,7 @@ def clashes(stack: "Stack") -> list[str]:
     """Why the epilogue, which is cuBLASLt's, cannot stand beside other options."""
     from pi0exp.compile_mode.none import NoCompile
     from pi0exp.gemm.blas import Blas, Library
+    from pi0exp.precision.fp32 import Fp32
     from pi0exp.precision.fp8 import Fp8
 
     reasons = []
@@ -60,6 +61,8 @@ def clashes(stack: "Stack") -> list[str]:
         reasons.append(f"{EPILOGUE} would be taken apart by a compiler: compile_mode.vision must be none")
     if isinstance(stack.precision, Fp8) and "vision" in stack.precision.stages():
         reasons.append(f"{EPILOGUE} has no fp8: precision=fp8 must keep vision in bf16 (precision.keep=[vision])")
+    if isinstance(stack.precision, Fp32):
+        reasons.append(f"{EPILOGUE} is no float32: four times its error was measured; precision must not be fp32")
     return reasons
 
 
