@@ -27,7 +27,10 @@ CHUNK_ROWS, CHUNK_WIDTH = gl.constexpr(256), gl.constexpr(64)
 SLOTS = gl.constexpr(6)
 """More do not fit beside what layouts are changed through: 227 KB a multiprocessor."""
 ASK_QKV, ASK_ATTENTION, ASK_MIXING, ASK_OUT, ASK_DOWN = map(gl.constexpr, (2, 2, 1, 1, 1))
-"""Chunks that a program asks for behind each phase; behind the hidden layer those of w_qkv, if it has any."""
+"""Chunks that a program asks for behind each phase; behind the hidden layer those of w_qkv, if it has any.
+
+The fastest of eight such rows that were tried (experiments/speed.md); `ring_pack.misfit` proves that none can wait for
+what was not asked for, or ask for more than there is room for."""
 RING = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
 # ---- layouts

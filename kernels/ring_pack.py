@@ -8,12 +8,23 @@ Shapes: L layers, P programs, C rows of w_qkv, D width of the residual stream, K
 width.
 """
 
+from collections.abc import Sequence
+
 import torch
-import triton
 from torch import Tensor
 
 from pi0exp.kernels.kernel import require
-from pi0exp.kernels.ring import CHUNK_ROWS, CHUNK_WIDTH, G
+from pi0exp.kernels.ring import (
+    ASK_ATTENTION,
+    ASK_DOWN,
+    ASK_MIXING,
+    ASK_OUT,
+    ASK_QKV,
+    CHUNK_ROWS,
+    CHUNK_WIDTH,
+    SLOTS,
+    G,
+)
 from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, PAIRS, Weights, packed_tiles, unordered
 
 BK_D, BK_OUT, BK_F, BN = 64, 256, 256, 64
@@ -77,4 +88,25 @@ def misfit(D: int, H: int, F: int, N: int, heads: int) -> str:
         return f"F = {F} is not {HIDDEN_COLUMNS.value // COLUMNS.value} D: programs would have unlike tiles"
     if heads * H // (2 * PAIRS.value) > D // COLUMNS.value:
         return f"{heads} heads of {H} have more tiles than there are programs"
-    return "" if triton.next_power_of_2(H) == H and H >= 256 else f"a head dim of {H} is no power of two from 256 on"
+    if H != 256:
+        return f"a head dim of {H}: keys and values are read in an order that is for 256"
+    phases = [D // (groups * BK_D), 0, 0, N * H // (groups * BK_OUT), 2 * D // (groups * BK_D), F // (groups * BK_F)]
+    return "" if scheduled(phases) else f"phases that take {phases} chunks: not what the ring's weights are asked for"
+
+
+def scheduled(phases: Sequence[int]) -> bool:
+    """Whether programs with a tile of w_qkv and those without can go on for ever, if phases take so many chunks.
+
+    That is so where a layer asks for as many as it takes, what a phase takes has been asked for, and never more stands
+    in the ring than it has room for.
+    """
+    for own in (phases[0], 0):
+        asks = [ASK_QKV.value, ASK_ATTENTION.value, ASK_MIXING.value, ASK_OUT.value, own, ASK_DOWN.value]
+        ahead = own + ASK_DOWN.value
+        for takes, asking in zip((own, *phases[1:]), asks, strict=True):
+            if takes > ahead or ahead - takes + asking > SLOTS.value:
+                return False
+            ahead += asking - takes
+        if ahead != own + ASK_DOWN.value:
+            return False
+    return True

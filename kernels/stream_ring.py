@@ -6,9 +6,9 @@ layer. Here each program has the chunks of its weights, 32 KB each, in one row i
 them, and the GPU's copy engine brings them into a ring of SLOTS chunks. What was multiplied makes room for what comes
 SLOTS chunks later, up to two thirds of a layer ahead, across all meetings.
 
-Its first form, with chunks of 16 KB that were asked for one by one in a loop, was right, and slower than
-`stream_layers` by 6 %: each asking took 0.6 us (experiments/speed.md). This form asks for all that a phase took behind
-one fence; it has not run on a GPU.
+Chunks are asked for a few behind each phase, whether it took any or not (`ring.ASK_QKV` and the others): all that a
+phase took asked for at once stands in the way of what the next phases read, and makes the kernel slower than
+`stream_layers` by 4 %; spread, it is faster by 9 % (experiments/speed.md).
 
 One program a tile: D / COLUMNS = F / HIDDEN_COLUMNS programs, all at once. For one observation, at most ROWS rows, in
 bf16, on NVIDIA GPUs from Hopper on. It is written in Gluon, for which Triton has no interpreter: off such a GPU its

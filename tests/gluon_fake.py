@@ -110,7 +110,7 @@ def load_block(described: Any, at: Sequence[int], ready: object, target: Shared,
     target.tensor[: part.shape[0], : part.shape[1]] = part
 
 
-def product(left: Any, right: Any, acc: Tensor, is_async: bool = False) -> Tensor:
+def product(left: Any, right: Any, acc: Tensor) -> Tensor:
     a, b = (one.tensor if isinstance(one, Shared) else one for one in (left, right))
     made: Tensor = acc + a.float() @ b.float()
     return made
@@ -156,7 +156,7 @@ MBARRIER = SimpleNamespace(
 NAMES = {
     "gl": LANGUAGE, "tl": LANGUAGE,  # functions of Triton that Gluon's call
     "mbarrier": MBARRIER, "load_block": load_block, "barrier": lambda: None, "mma_v2": product,
-    "warpgroup_mma": product, "warpgroup_mma_wait": lambda num_outstanding, deps: deps[0], "wait_until": wait_until,
+    "wait_until": wait_until,
 }  # fmt: skip
 
 

@@ -57,6 +57,10 @@ REFUSED = [
     ),
     (["precision=fp8", "precision.keep=[vision]"], []),
     (
+        ["precision=fp32"],
+        ["fusion: gelu_epilogue is no float32: four times its error was measured; precision must not be fp32"],
+    ),
+    (
         ["precision=fp8"],
         ["fusion: gelu_epilogue has no fp8: precision=fp8 must keep vision in bf16 (precision.keep=[vision])"],
     ),

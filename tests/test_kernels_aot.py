@@ -34,7 +34,6 @@ EVERY_DAY = {
     ("stream_attention", "10 actions, dependent launch"): ("sm_90",),
     ("stream_embed", "second, dependent"): ("sm_90",),
     ("stream_qkv", "held and split, offset"): ("gfx942",),
-    ("stream_k_gemm", "bias + gelu + residual"): ("sm_90",),
     ("stream_ring", "adaptive, hidden keys"): ("sm_90",),
 }
 """Kernel and entry -> targets that are compiled in every run; all others are `slow`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pi0exp.errors import UnsupportedError
 from pi0exp.fusion.persistent import through_a_ring
-from pi0exp.kernels.ring_pack import BK_D, BK_F, BK_OUT, misfit, packed_ring, query_heads, unpacked_ring
+from pi0exp.kernels.ring_pack import BK_D, BK_F, BK_OUT, misfit, packed_ring, query_heads, scheduled, unpacked_ring
 from pi0exp.kernels.stream_pack import Weights
 
 L, D, N, H, F = 2, 1024, 8, 256, 4096
@@ -67,11 +67,29 @@ def test_the_weights_come_back(weights: Weights, ring: Tensor):
         ((1000, H, F, N, N + 2), "D = 1000: no multiple of what 8 warps take at a time"),
         ((D, H, 2 * F, N, N + 2), "F = 8192 is not 4 D: programs would have unlike tiles"),
         ((D, H, F, N, 20), "20 heads of 256 have more tiles than there are programs"),
-        ((D, 128, F, 2 * N, 2 * N + 2), "a head dim of 128 is no power of two from 256 on"),
+        ((D, 128, F, 2 * N, 2 * N + 2), "a head dim of 128: keys and values are read in an order that is for 256"),
+        (
+            (2 * D, H, 2 * F, N, N + 2),
+            "phases that take [4, 0, 0, 1, 8, 4] chunks: not what the ring's weights are asked for",
+        ),
     ],
 )
 def test_widths_that_do_not_fit(sizes: tuple[int, int, int, int, int], why: str):
     assert misfit(*sizes) == why
+
+
+@pytest.mark.parametrize(
+    ("takes", "fits"),
+    [
+        ([2, 0, 0, 1, 4, 2], True),
+        ([2, 0, 0, 1, 4, 1], False),  # more are asked for than are taken
+        ([2, 0, 0, 2, 3, 2], True),
+        ([5, 0, 0, 1, 1, 2], False),  # taken before it was asked for
+        ([0, 0, 0, 3, 4, 0], False),  # no room
+    ],
+)
+def test_a_schedule_neither_waits_for_ever_nor_overruns(takes: list[int], fits: bool):
+    assert scheduled(takes) is fits
 
 
 def test_a_model_that_does_not_fit_is_refused():

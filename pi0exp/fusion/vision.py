@@ -50,8 +50,8 @@ def clashes(stack: "Stack") -> list[str]:
     """Why the epilogue, which is cuBLASLt's, cannot stand beside other options."""
     from pi0exp.compile_mode.none import NoCompile
     from pi0exp.gemm.blas import Blas, Library
-    from pi0exp.precision.fp32 import Fp32
     from pi0exp.precision.fp8 import Fp8
+    from pi0exp.precision.fp32 import Fp32
 
     reasons = []
     gemm = stack.gemm.at("vision")
