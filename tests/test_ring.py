@@ -85,7 +85,7 @@ def test_widths_that_do_not_fit(sizes: tuple[int, int, int, int, int], why: str)
         ([2, 0, 0, 1, 4, 1], False),  # more are asked for than are taken
         ([2, 0, 0, 2, 3, 2], True),
         ([5, 0, 0, 1, 1, 2], False),  # taken before it was asked for
-        ([0, 0, 0, 3, 4, 0], False),  # no room
+        ([2, 0, 0, 0, 5, 2], False),  # no room
     ],
 )
 def test_a_schedule_neither_waits_for_ever_nor_overruns(takes: list[int], fits: bool):
