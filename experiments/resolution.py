@@ -10,6 +10,10 @@ Writes after each comparison: all samples of both, the interval and the verdict;
 largest ratio of a stack to itself, which `pi0exp.intervals.MARGIN` must exceed; the machine. Numbers of kernels in the
 graphs show that the wait is inside: one more. Correctness is not checked here.
 
+    python experiments/resolution.py OUT.json --again
+
+Works out intervals and verdicts of OUT.json anew from its samples: for when `pi0exp.intervals` has changed.
+
 On a CPU (measure.device=cpu) the host waits instead: for trying it out, no evidence of anything.
 """
 
@@ -141,9 +145,14 @@ def compared(a: Call, b: Call, sample: Sample, rounds: int) -> dict[str, Any]:
     with quiet():
         taken = interleave(a, b, sample, rounds, INPUTS)
     a_ms, b_ms = ([round(ms, 5) for ms in side] for side in taken)  # as they are written; events count in 0.0005 ms
-    interval = intervals.of_rounds(pairs(a_ms, b_ms, INPUTS))
+    return judged({"a_ms": a_ms, "b_ms": b_ms})
+
+
+def judged(one: dict[str, Any]) -> dict[str, Any]:
+    """A comparison's samples, and what follows from them."""
+    interval = intervals.of_rounds(pairs(one["a_ms"], one["b_ms"], INPUTS))
     found = {"ratio": interval.ratio, "low": interval.low, "high": interval.high}
-    return {**found, "verdict": intervals.word(interval), "a_ms": a_ms, "b_ms": b_ms}
+    return one | found | {"verdict": intervals.word(interval)}
 
 
 def kernels(a: dict[str, float], b: dict[str, float]) -> dict[str, Any]:
@@ -187,12 +196,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", metavar="WORDS")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="of each kind (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS, help="of each comparison (default %(default)s)")
+    parser.add_argument("--again", action="store_true", help="measure nothing, judge the samples of OUT.json anew")
     given = parser.parse_intermixed_args(arguments)
     try:
+        if given.again:
+            return again(given.out)
         return run(given.out, given.words or ["stack=h200_best", "workload=masked"], given.pairs, given.rounds)
     except UserError as error:
         print(f"resolution: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+
+
+def again(out: Path) -> int:
+    """Raises UserError."""
+    try:
+        content = json.loads(out.read_text())
+        made = [judged(one) for one in content["comparisons"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{out}: no comparisons of this command: {error}") from error
+    settings = content["settings"] | {"confidence": intervals.CONFIDENCE, "margin": intervals.MARGIN}
+    content |= {"settings": settings, **summary(made), "comparisons": made}
+    out.write_text(json.dumps(content) + "\n")
+    print(json.dumps(summary(made)))
+    return 0
 
 
 def run(out: Path, words: list[str], count: int, rounds: int) -> int:

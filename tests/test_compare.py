@@ -304,11 +304,11 @@ def in_this_process(monkeypatch):
 @pytest.mark.usefixtures("in_this_process")
 def test_rerun_measures_both_and_decides(capsys, tmp_path):
     a, b = paced_file(tmp_path / "a", 0.3), paced_file(tmp_path / "b", 0.4)
-    [found] = as_json(capsys, a, b, "--rerun", "--rounds", "10")["points"]
+    [found] = as_json(capsys, a, b, "--rerun", "--rounds", "30")["points"]
     assert found["verdict"] == "slower"
-    assert re.search(r"10 rounds A B B A in one process; of other work: subject$", found["text"])
+    assert re.search(r"30 rounds A B B A in one process; of other work: subject$", found["text"])
     assert ["subject.ms", "0.3", "0.4"] in found["differences"]
-    assert len(found["samples"]["latency_ms"]) == len(found["samples"]["baseline_latency_ms"]) == 160
+    assert len(found["samples"]["latency_ms"]) == len(found["samples"]["baseline_latency_ms"]) == 30 * 2 * 8
     assert found["fidelity"] == ["EXACT rel L2 1.00e-02 ()", "EXACT rel L2 1.00e-02 ()"]
     row = rows(found)["latency_ms/p90"]
     assert row["interval"]["low"] < row["interval"]["ratio"] < row["interval"]["high"]
@@ -365,7 +365,7 @@ def test_rows_of_a_rerun_by_rounds():
 def test_rerun_in_a_child(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     a, b = paced_file(tmp_path / "a", 0.3), paced_file(tmp_path / "b", 0.4)
-    code, out, err = run(capsys, a, b, "--rerun", "--rounds", "10")
+    code, out, err = run(capsys, a, b, "--rerun", "--rounds", "30")
     assert code == 0, err
     assert "verdict  B is slower" in out
-    assert "A B B A, 10 rounds of 8 calls a block" in err
+    assert "A B B A, 30 rounds of 8 calls a block" in err

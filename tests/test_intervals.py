@@ -129,6 +129,28 @@ def test_too_few_rounds_have_no_interval():
     assert "9 rounds; an interval needs 10" in found.reason
 
 
+@pytest.mark.parametrize(("rounds", "astray"), [(intervals.ROUNDS, [1.3]), (DEFAULT_ROUNDS, [1.3, 100.0, 0.4])])
+def test_rounds_in_which_something_else_ran_hide_nothing(rounds, astray):
+    """Beside rounds that agree to 0.1 %, some that lie far off."""
+    random = np.random.default_rng(4)
+    given = [(1.0, ratio) for ratio in 1.03 * np.exp(0.001 * random.standard_normal(rounds))]
+    for index, factor in enumerate(astray):
+        given[3 * index] = (1.0, factor * given[3 * index][1])
+    found = of_rounds(given)
+    assert word(found) == SLOWER
+    assert 1.02 < found.low < 1.03 < found.high < 1.04
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [12, DEFAULT_ROUNDS])
+def test_rounds_astray_raise_no_alarms(rounds):
+    random, count = np.random.default_rng(6), 3000
+    logs = 0.002 * random.standard_normal((count, rounds))
+    logs += 0.3 * random.choice([-1, 0, 1], p=[0.025, 0.95, 0.025], size=logs.shape)
+    found = [of_rounds([(1.0, np.exp(log)) for log in one]) for one in logs]
+    assert sum(not one.low <= 1 <= one.high for one in found) <= at_most(count, NOMINAL)
+
+
 def test_rounds_without_any_noise():
     found = of_rounds([(2.0, 2.2)] * 12)
     assert (found.ratio, found.low, found.high) == pytest.approx((1.1, 1.1, 1.1))

@@ -217,3 +217,21 @@ def test_on_a_gpu_the_wait_is_one_more_kernel_and_is_found(tmp_path):
     same, planted = json.loads(path.read_text())["comparisons"]
     assert planted["kernels"][1] - planted["kernels"][0] == 1
     assert planted["ratio"] > same["ratio"]
+
+
+def test_again_judges_the_samples_anew(file, capsys):
+    before = file.read_text()
+    content = json.loads(before)
+    content["comparisons"][0] |= {"ratio": 2.0, "verdict": "slower"}
+    content["same"]["false_alarms"] = 7
+    file.write_text(json.dumps(content))
+    assert resolution.main([str(file), "--again"]) == 0
+    assert json.loads(file.read_text()) == json.loads(before)
+    assert resolution.main([str(file.parent / "none.json"), "--again"]) == 2
+    assert "no comparisons" in capsys.readouterr().err
+
+
+def test_what_is_kept_follows_from_its_samples():
+    for path in sorted(benches.TIMES.glob("*/resolution.json")):
+        for one in json.loads(path.read_text())["comparisons"]:
+            assert resolution.judged(one) == one
