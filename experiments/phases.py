@@ -1,10 +1,10 @@
 """Where the time of a denoising step in one launch goes: clocks at the meetings of its programs.
 
-python experiments/phases.py OUT.json [stream_layers] [stream_ring] [--rounds N]
+python experiments/phases.py OUT.json [stream_layers] [stream_ring] [stream_wide] [--rounds N]
 
-Each kernel on its first case, 18 layers of 11 rows: checked against its reference, called again for the same bits,
-timed in a graph of ten steps, kernels in turns; and called with clocks. Microseconds at the clock that the GPU reports,
-means over all layers but three at either end:
+Each kernel on its first case, 18 layers of 11 rows, or of 51: checked against its reference, called again for the same
+bits, timed in a graph of ten steps, kernels in turns; and called with clocks. Microseconds at the clock that the GPU
+reports, means over all layers but three at either end:
 
     work     between being let through and coming, of the median program; slowest: of the slowest
     wait     the least that any program waits between coming and being let through: what a meeting costs by itself
@@ -30,9 +30,9 @@ from torch import Tensor
 from pi0exp.fusion.fusion import HOPPER
 from pi0exp.graphs.capture import Graph
 from pi0exp.kernels.kernel import Kernel, arguments_of, check
-from pi0exp.kernels.step import PHASES
 from pi0exp.kernels.stream_layers import KERNELS as REGISTERS
 from pi0exp.kernels.stream_ring import KERNELS as RING
+from pi0exp.kernels.stream_wide import KERNELS as WIDE
 from pi0exp.machine import this_machine
 from pi0exp.measure import fingerprint
 from pi0exp.result import CONFIG_ERROR, Outcome
@@ -41,19 +41,21 @@ from pi0exp.whole import write_whole
 
 NAMES = ("qkv", "attention", "mixing", "out", "hidden", "down")
 """The phases of a layer, each of which follows a meeting."""
+WIDE_NAMES = ("qkv", "attention", "mixing", "out", "sum of out", "hidden", "down", "sum of down")
+"""Those of `stream_wide`."""
 STEPS, EDGE, REPEATS, BUSY = 10, 3, 20, 400
-KNOWN: dict[str, Kernel] = {kernel.name: kernel for kernel in (*REGISTERS, *RING)}
+KNOWN: dict[str, Kernel] = {kernel.name: kernel for kernel in (*REGISTERS, *RING, *WIDE)}
 
 
-def phases_of(clocks: Tensor, per_us: float) -> dict[str, dict[str, float]]:
+def phases_of(clocks: Tensor, per_us: float, names: tuple[str, ...] = NAMES) -> dict[str, dict[str, float]]:
     """Of clocks [2 PHASES L, programs], ticks per_us a microsecond: phase -> work, slowest, wait, whole."""
     # Of each meeting: when a program came, when it was let through. A phase ends with coming to the next meeting.
     came, through = clocks.double().view(-1, 2, clocks.shape[1]).unbind(1)
     work, wait = came[1:] - through[:-1], through[1:] - came[1:]
-    layers = len(came) // PHASES
+    layers = len(came) // len(names)
     found = {}
-    for i, name in enumerate(NAMES):
-        rows = [PHASES * layer + i for layer in range(EDGE, layers - EDGE)]
+    for i, name in enumerate(names):
+        rows = [len(names) * layer + i for layer in range(EDGE, layers - EDGE)]
         found[name] = {
             "work": mean(float(work[row].median()) for row in rows) / per_us,
             "slowest": mean(float(work[row].max()) for row in rows) / per_us,
@@ -64,9 +66,9 @@ def phases_of(clocks: Tensor, per_us: float) -> dict[str, dict[str, float]]:
 
 
 def programs_of(kernel: Kernel, given: tuple[Any, ...], device: torch.device) -> int:
-    """How many the kernel is launched with: the ring one a tile, whose weights it has in order, else one a
-    multiprocessor."""
-    tiles = len(given[1]) if kernel.name == "stream_ring" else 0
+    """How many the kernel is launched with: those with a ring one a tile, whose weights they have in order, else one
+    a multiprocessor."""
+    tiles = 0 if kernel.name == "stream_layers" else len(given[1])
     return tiles or torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -77,13 +79,14 @@ def measured(kernel: Kernel, device: torch.device) -> tuple[dict[str, Any], Call
     given = arguments_of(case, device)
     first, _ = kernel.op(*given)
     differing = sum(not torch.equal(kernel.op(*given)[0], first) for _ in range(REPEATS))
-    rooms = given[case.mutates[0]]
-    clocks = torch.zeros(2 * PHASES * len(rooms), programs_of(kernel, given, device), dtype=torch.int64, device=device)
+    rooms, names = given[case.mutates[0]], WIDE_NAMES if kernel.name == "stream_wide" else NAMES
+    meetings, programs = len(names) * len(rooms), programs_of(kernel, given, device)
+    clocks = torch.zeros(2 * meetings, programs, dtype=torch.int64, device=device)
     for _ in range(BUSY):
         kernel.op(*given[:-1], clocks)
     mhz = torch.cuda.clock_rate(device)  # of a GPU at work
     torch.cuda.synchronize(device)
-    found = {"wrong": wrong, "differing": differing, "mhz": mhz, "phases": phases_of(clocks.cpu(), mhz)}
+    found = {"wrong": wrong, "differing": differing, "mhz": mhz, "phases": phases_of(clocks.cpu(), mhz, names)}
 
     def steps() -> Tensor:
         return [kernel.op(*given)[0] for _ in range(STEPS)][-1]
@@ -121,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
         made[name] = one | {"ms_a_step": samples[name]}
         print(f"{name}: {median(samples[name]):.4f} ms a step; {len(one['wrong'])} wrong, {one['differing']} differing")
         for phase, times in one["phases"].items():
-            print(f"    {phase:10}" + "".join(f" {what} {us:5.2f}" for what, us in times.items()))
+            print(f"    {phase:11}" + "".join(f" {what} {us:5.2f}" for what, us in times.items()))
     write_whole(given.out, json.dumps(made, indent=1).encode())
     return int(any(one["wrong"] or one["differing"] for one, _ in found.values()))
 

@@ -47,14 +47,26 @@ def packed_ring(weights: Weights, H: int) -> Tensor:
     of_qkv = packed_tiles(qkv, 2 * pairs, groups, BK_D).view(L, -1, D // (groups * BK_D), size)
     # Gate and up of a step of K stand one behind the other.
     of_gate_up = packed_tiles(gate_up, hidden, groups, BK_D).view(L, P, 2, -1, size).transpose(2, 3).flatten(2, 3)
-    of_all = [
-        torch.nn.functional.pad(of_qkv, (0, 0, 0, 0, 0, P - of_qkv.shape[1])),
-        packed_tiles(weights.out_LDK, COLUMNS.value, groups, BK_OUT).view(L, P, -1, size),
-        of_gate_up,
-        packed_tiles(weights.down_LDF, COLUMNS.value, groups, BK_F).view(L, P, -1, size),
-    ]
-    ring = torch.cat(of_all, dim=2).transpose(0, 1).contiguous()
-    lacking, without = of_qkv.shape[1:3]
+    return in_rows(
+        [
+            of_qkv,
+            packed_tiles(weights.out_LDK, COLUMNS.value, groups, BK_OUT).view(L, P, -1, size),
+            of_gate_up,
+            packed_tiles(weights.down_LDF, COLUMNS.value, groups, BK_F).view(L, P, -1, size),
+        ]
+    )
+
+
+def in_rows(chunks: Sequence[Tensor]) -> Tensor:
+    """Each program's chunks one behind the other, [P, L, CHUNKS, size], of [L, P, .., size] for each product.
+
+    Of the first some programs may have none: zeros stand behind all of theirs.
+    """
+    first, *others = chunks
+    lacking, without = first.shape[1:3]
+    L, P, size = others[0].shape[0], others[0].shape[1], first.shape[3]
+    padded = torch.nn.functional.pad(first, (0, 0, 0, 0, 0, P - lacking))
+    ring = torch.cat([padded, *others], dim=2).transpose(0, 1).contiguous()
     theirs = ring[lacking:, :, without:].flatten(1)
     ring[lacking:] = torch.nn.functional.pad(theirs, (0, L * without * size)).view_as(ring[lacking:])
     return ring

@@ -1,4 +1,4 @@
-"""What both kernels of a whole denoising step take and make: `stream_layers` and `stream_ring`.
+"""What the kernels of a whole denoising step take and make: `stream_layers`, `stream_ring` and `stream_wide`.
 
 Shapes: T rows, D width, L layers, C = (N + 2 K) H rows of w_qkv, N query heads, K key/value heads, H head dim, F hidden
 width, R rows of a room, S rows of the cache.
@@ -19,13 +19,15 @@ PHASES = 6
 
 
 class Sizes(NamedTuple):
-    """Of a model: layers, heads, head dim and hidden width; what the weights are of."""
+    """Of a model: layers, heads, head dim and hidden width; what the weights are of. Of a kernel: rows, and phases."""
 
     L: int
     N: int
     H: int
     F: int
     dtype: torch.dtype
+    rows: int = ROWS.value
+    phases: int = PHASES
 
 
 def launch_arguments(
@@ -39,11 +41,11 @@ def launch_arguments(
     programs: of the launch. BN: keys of a block. The others are the ops' arguments. Raises ValueError where they do not
     fit.
     """
-    L, N, H, F, dtype = sizes
+    L, N, H, F, dtype, rows, phases = sizes
     (B, T, D), (_, _, R, heads, _) = tokens_BTD.shape, rooms_LBSMH.shape
     K = heads // 2
     C = (N + heads) * H
-    require(B == 1 and ROWS.value >= T, f"tokens are {list(tokens_BTD.shape)}: not [1, at most {ROWS.value}, D]")
+    require(B == 1 and rows >= T, f"tokens are {list(tokens_BTD.shape)}: not [1, at most {rows}, D]")
     require(tokens_BTD.is_contiguous() and tokens_BTD.is_floating_point(), "tokens are not contiguous floats")
     for name, table, fit in (
         ("scales", scales_ND, (2 * L + 1, D)), ("gates", gates_ND, (2 * L, D)), ("offsets", qkv_offsets_LC, (L, C)),
@@ -58,21 +60,21 @@ def launch_arguments(
     require(seen, "keys are not [1, start + T], adjacent")
     for turn in (cos_BT1H, sin_BT1H):
         require(turn.shape == (1, T, 1, H) and turn.stride(3) == 1, f"{tuple(turn.shape)} turns no [1, {T}, 1, {H}]")
-    check_counters(slots, PHASES * L + 1)
-    check_clocks(clocks, L, programs)
+    check_counters(slots, phases * L + 1)
+    check_clocks(clocks, phases * L, programs)
     parts = triton.cdiv(start + T, BN)
 
     def empty(*size: int, of: torch.dtype = dtype) -> Tensor:
         return tokens_BTD.new_empty(size, dtype=of)
 
     return {
-        "tokens_ptr": tokens_BTD, "x_ptr": empty(T, D), "xs_ptr": empty(ROWS.value, D), "end_ptr": empty(1, T, D),
+        "tokens_ptr": tokens_BTD, "x_ptr": empty(T, D), "xs_ptr": empty(rows, D), "end_ptr": empty(1, T, D),
         "squares_ptr": empty(D // COLUMNS.value, T, of=torch.float32), "scales_ptr": scales_ND, "gates_ptr": gates_ND,
         "qkv_offsets_ptr": qkv_offsets_LC, "gate_up_offsets_ptr": gate_up_offsets_LC, "cos_ptr": cos_BT1H,
         "sin_ptr": sin_BT1H, "rooms_ptr": rooms_LBSMH, "keys_ptr": slots if keys_BS is None else keys_BS,
-        "q_ptr": empty(T, N * H), "acc_ptr": empty(N, parts, ROWS.value, H, of=torch.float32),
-        "stats_ptr": empty(N, 2, parts, ROWS.value, of=torch.float32), "mixed_ptr": empty(ROWS.value, N * H),
-        "hidden_ptr": empty(ROWS.value, F), "slots_ptr": slots, "clocks_ptr": clocks, "M": T, "start": start,
+        "q_ptr": empty(T, N * H), "acc_ptr": empty(N, parts, rows, H, of=torch.float32),
+        "stats_ptr": empty(N, 2, parts, rows, of=torch.float32), "mixed_ptr": empty(rows, N * H),
+        "hidden_ptr": empty(rows, F), "slots_ptr": slots, "clocks_ptr": clocks, "M": T, "start": start,
         "settled": settled, "parts": parts, "L": L, "scale": scale, "eps": eps, "scales_N": scales_ND.stride(0),
         "gates_N": row_stride(gates_ND), "qkv_offsets_L": row_stride(qkv_offsets_LC),
         "gate_up_offsets_L": row_stride(gate_up_offsets_LC), "cos_T": cos_BT1H.stride(1), "sin_T": sin_BT1H.stride(1),
@@ -81,9 +83,9 @@ def launch_arguments(
     }  # fmt: skip
 
 
-def check_clocks(clocks: Tensor | None, L: int, programs: int) -> None:
+def check_clocks(clocks: Tensor | None, meetings: int, programs: int) -> None:
     """Raises ValueError where they are no numbers of the clock, or not one for each meeting and program."""
-    wanted = (2 * PHASES * L, programs)
+    wanted = (2 * meetings, programs)
     fits = clocks is None or (clocks.dtype is torch.int64 and clocks.is_contiguous() and clocks.shape == wanted)
     require(fits, f"clocks are not int64 {list(wanted)}")
 

@@ -61,8 +61,14 @@ class Shared:
     def permute(self, order: Sequence[int]) -> "Shared":
         return Shared(self.tensor.permute(*order))
 
+    def slice(self, start: int, length: int) -> "Shared":
+        return Shared(self.tensor[start : start + length])
+
     def load(self, layout: object) -> Tensor:
         return self.tensor.clone()
+
+    def store(self, value: Tensor) -> None:
+        self.tensor.copy_(value)
 
 
 def load(pointer: Pointer, mask: Any = None, other: Any = 0, cache_modifier: str = "") -> Any:
@@ -110,7 +116,7 @@ def load_block(described: Any, at: Sequence[int], ready: object, target: Shared,
     target.tensor[: part.shape[0], : part.shape[1]] = part
 
 
-def product(left: Any, right: Any, acc: Tensor) -> Tensor:
+def product(left: Any, right: Any, acc: Tensor, is_async: bool = False) -> Tensor:
     a, b = (one.tensor if isinstance(one, Shared) else one for one in (left, right))
     made: Tensor = acc + a.float() @ b.float()
     return made
@@ -156,7 +162,8 @@ MBARRIER = SimpleNamespace(
 NAMES = {
     "gl": LANGUAGE, "tl": LANGUAGE,  # functions of Triton that Gluon's call
     "mbarrier": MBARRIER, "load_block": load_block, "barrier": lambda: None, "mma_v2": product,
-    "wait_until": wait_until,
+    "warpgroup_mma": product, "warpgroup_mma_wait": lambda outstanding, deps: deps[0],
+    "fence_async_shared": lambda: None, "order_copies": lambda i: None, "wait_until": wait_until,
 }  # fmt: skip
 
 

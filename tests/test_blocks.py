@@ -214,6 +214,8 @@ CLASHES = [
     (["fusion.persistent=true", "fusion.blocks=false"], ["fusion: persistent needs fusion.blocks"]),
     (["fusion.persistent=true", "fusion.ring=true"], []),
     (["fusion.ring=true"], ["fusion: ring needs fusion.persistent"]),
+    (["fusion.persistent=true", "fusion.ring=true", "fusion.wide=true"], []),
+    (["fusion.persistent=true", "fusion.wide=true"], ["fusion: wide needs fusion.ring"]),
     (
         ["fusion.persistent=true", "fusion.ring=true", "precision=fp32"],
         ["fusion: ring needs weights in bf16: precision must not be fp32"],
@@ -248,7 +250,7 @@ def test_the_stack_has_all_exact_rewrites():
     assert option == fusion()
     left_out = {one.name for one in fields(Rewrites)} - set(option.rewrites.chosen())
     assert left_out == {"fold_norms", "fold_q_scale"}
-    assert r"stream_(qkv|layers|ring)|attend_combine" in option.proofs()
+    assert r"stream_(qkv|layers|ring|wide)|attend_combine" in option.proofs()
     assert config.stack(plain_config("stack=10_persistent")).fusion == replace(option, persistent=True)
     hopper = config.stack(plain_config("fusion=hopper")).fusion
     assert hopper == replace(option, persistent=True, ring=True, gelu_epilogue=True)

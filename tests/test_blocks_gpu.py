@@ -53,6 +53,11 @@ def test_any_observation_in_one_launch(words: str, group: int):
     check_observations(group, words, horizons=15, batches=1)
 
 
+@pytest.mark.parametrize("group", range(GROUPS + 6, GROUPS + 18))
+def test_any_observation_in_one_launch_of_many_rows(group: int):
+    check_observations(group, "stack=11_hopper fusion.wide=true", horizons=63, batches=1)
+
+
 def check_observations(group: int, words: str, horizons: int, batches: int) -> None:
     """Cameras of each row, lengths of prompts from 0 to 200, batch and horizon: as close to the truth as
     plain bf16, allowed REORDERED's factor, on every row."""
@@ -80,7 +85,7 @@ def check_observations(group: int, words: str, horizons: int, batches: int) -> N
     ("stack", "horizon"),
     [
         (stack, horizon)
-        for stack in ("9_blocks", "10_persistent", "10_persistent fusion.ring=true", "11_hopper")
+        for stack in ("9_blocks", "10_persistent", "11_hopper", "11_hopper fusion.wide=true")
         for horizon in (10, 50)
     ],
 )

@@ -18,6 +18,9 @@ from pi0exp.kernels import (
     stream_layers_cases,
     stream_pack,
     stream_ring,
+    stream_wide,
+    wide,
+    wide_phases,
 )
 from pi0exp.kernels import kernel as contract
 from pi0exp.kernels.kernel import Kernel, check, discover
@@ -34,33 +37,42 @@ def wrong(kernel: Kernel, case: contract.Case, op: Any) -> list[str]:
 
 
 def test_every_kernel_in_gluon_is_here():
-    assert {name for name, one in discover().items() if not one.interpretable} == {"stream_ring"}
+    assert {name for name, one in discover().items() if not one.interpretable} == {"stream_ring", "stream_wide"}
 
 
-# ---- the ring
+SHARED = (gemm_epilogue, meetings, stream_pack)
+MODULES = {
+    "stream_ring": (stream_ring, ring, ring_phases, *SHARED),
+    "stream_wide": (stream_wide, wide, wide_phases, ring, *SHARED),
+}
 
 
-def ring_case(layers: int, rows: int, **more: Any) -> contract.Case:
-    made = stream_layers_cases.case("a case", layers, rows, stream_layers_cases.PI0, packed=stream_ring._packed, **more)
-    assert not made.pi0
-    return made
+def case(rows: int, start: int, settled: int, layers: int = 1, **more: Any) -> dict[str, Any]:
+    return {"rows": rows, "layers": layers, "more": {"start": start, "settled": settled, **more}}
 
 
 @pytest.mark.parametrize(
-    "made",
+    ("name", "sizes"),
     [
-        ring_case(2, 3, start=20, settled=0),
-        pytest.param(ring_case(1, 16, start=968, settled=968, hidden=True), marks=pytest.mark.slow),
-        pytest.param(ring_case(2, 10, start=70, settled=69, adaptive=True), marks=pytest.mark.slow),
+        ("stream_ring", case(3, 20, 0, layers=2)),
+        pytest.param("stream_ring", case(16, 968, 968, hidden=True), marks=pytest.mark.slow),
+        pytest.param("stream_ring", case(10, 70, 69, layers=2, adaptive=True), marks=pytest.mark.slow),
+        ("stream_wide", case(19, 20, 0, layers=2)),
+        pytest.param("stream_wide", case(64, 1000, 998, hidden=True), marks=pytest.mark.slow),
+        pytest.param("stream_wide", case(50, 70, 69, layers=2, adaptive=True), marks=pytest.mark.slow),
     ],
-    ids=["a short cache", "16 rows, hidden keys", "adaptive"],
 )
-def test_ring(made: contract.Case, monkeypatch):
-    monkeypatch.setattr(stream_ring, "TensorDescriptor", SimpleNamespace(from_tensor=described))
-    [kernel] = stream_ring.KERNELS
+def test_all_layers_of_a_step(name: str, sizes: dict[str, Any], monkeypatch):
+    module, *others = MODULES[name]
+    monkeypatch.setattr(module, "TensorDescriptor", SimpleNamespace(from_tensor=described))
+    [kernel] = module.KERNELS
+    made = stream_layers_cases.case(
+        "a case", sizes["layers"], sizes["rows"], stream_layers_cases.PI0, packed=module._packed, **sizes["more"]
+    )
+    assert not made.pi0
 
     def op(*given: Any) -> Any:
-        with gluon_fake.interpreted(gemm_epilogue, meetings, ring, ring_phases, stream_pack, stream_ring):
+        with gluon_fake.interpreted(module, *others):
             found = kernel.op._init_fn(*given)
         assert not given[-2].any()  # the counters of the meetings
         return found

@@ -35,6 +35,7 @@ EVERY_DAY = {
     ("stream_embed", "second, dependent"): ("sm_90",),
     ("stream_qkv", "held and split, offset"): ("gfx942",),
     ("stream_ring", "adaptive, hidden keys"): ("sm_90",),
+    ("stream_wide", "adaptive, hidden keys"): ("sm_90",),
 }
 """Kernel and entry -> targets that are compiled in every run; all others are `slow`."""
 ENTRIES = {name: kernel.ahead_of_time for name, kernel in discover().items()} | {"gather": gather.AHEAD_OF_TIME}

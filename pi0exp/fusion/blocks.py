@@ -4,14 +4,14 @@ a step, a layer.
 `pi0exp.kernels.stream` has the scheme, each kernel's file its maths. A step is `stream_begin`, five launches a layer
 and `stream_end`; before it `stream_embed` makes tokens of Pi0's noisy actions, where `fusion.rewrites` have folded
 their matrices and tabulated the time. Every launch waits only where it needs what the one in front made, and equal
-inputs give equal bits. With `fusion.persistent` all layers are one launch where there are few rows
-(`pi0exp.fusion.persistent`).
+inputs give equal bits. With `fusion.persistent` all layers are one launch where there are few rows, with `fusion.wide`
+also where there are up to 64 (`pi0exp.fusion.persistent`).
 
 Against the plain model fewer values are rounded: the normed rows' shifts, the products before rotation, before the
 gated activation and before the residual sum, the gates, and the last normed row. None is rounded more often.
 
-More rows than STREAMED (a horizon of 50, say) are no stream of weights any more: then the step is the plain one with
-what the other switches put into it, and `attend_split`.
+Without `wide`, more rows than STREAMED (a horizon of 50, say) are no stream of weights any more: then the step is the
+plain one with what the other switches put into it, and `attend_split`.
 
 Shapes: B batch, S cached tokens, T suffix tokens, C action horizon, A action dim, D width, L layers, I steps.
 """
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from pi0exp.fusion.persistent import Layers
+from pi0exp.fusion.persistent import Layers, form_for
 from pi0exp.fusion.steps import give_room, tabulate
 from pi0exp.model.gemma import GemmaBlock, LayerCache, Rotation, first_rows
 from pi0exp.model.layers import Attention, at_least_float32
@@ -87,9 +87,16 @@ def fill_blocks(policy: Policy, fusion: "Fusion") -> None:
     if policy.model.config.pi05:
         tabulate_offsets(policy)
     counters = torch.zeros(COUNTERS, dtype=torch.int32, device=policy.device)
-    layers = Layers(policy.model.expert, torch.zeros_like(counters), fusion.ring) if fusion.persistent else None
-    weights = ", weights through a ring" if fusion.ring else ""
-    first = f"all layers in one launch{weights}, up to 16 rows of one observation; else " if fusion.persistent else ""
+    layers, first = None, ""
+    if fusion.persistent:
+        rows = policy.horizon + policy.model.config.suffix_prelude
+        form = form_for(rows, fusion.ring, fusion.wide)
+        weights = ", weights through a ring" if fusion.ring else ""
+        if form is None:
+            first = f"{rows} rows are too many for all layers in one launch: "
+        else:
+            layers = Layers(policy.model.expert, torch.zeros_like(counters), form)
+            first = f"all layers in one launch{weights}, up to {form.rows} rows of one observation; else "
     stream = Stream(counters, STREAMED, layers)
     policy.fill_model("step", stream.step, f"{first}a stream of kernels, up to {STREAMED} rows")
     attend = partial(triton_attend, op=attend_split)
@@ -147,8 +154,8 @@ class Stream:
 
         B, C, _ = x_BCA.shape
         T = C + (context.state_BA is not None)
-        count = B * T
-        if count > self.max_rows:
+        layers = self.layers if self.layers is not None and self.layers.takes(B, T) else None
+        if self.max_rows < B * T and layers is None:
             return plain_step(model, x_BCA, moment, context)
         tokens_BTD, cond = model.embed_suffix(x_BCA, moment, context.state_BA)
         mask = model.mask_suffix(context.valid_BS, T, context.full, context.state_BA is not None)
@@ -157,8 +164,8 @@ class Stream:
         norms = own_norms(model) if cond is None else modulated_norms(model, cond)
         # The state token's keys may be those that the first step has just written; all others are the prefill's.
         settled = context.cache[0].k_BSKH.shape[1] - model.config.suffix_prelude
-        if self.layers is not None and self.layers.takes(tokens_BTD):
-            xs, squares = self.layers(tokens_BTD, cond, rotation, mask, context.cache, settled)
+        if layers is not None:
+            xs, squares = layers(tokens_BTD, cond, rotation, mask, context.cache, settled)
         else:
             rows = Rows(*stream_begin(tokens_BTD.contiguous(), norms.scales[0], blocks[0].attention.qkv.weight))
             for i, block in enumerate(blocks):

@@ -33,7 +33,8 @@ class Fusion(Option):
     the denoising step as a chain of hand-fused Triton kernels, five a layer. persistent: with blocks, all layers of a
     step in one launch, whose programs meet after each phase (at most 16 rows of one observation, on sm_90; the expert's
     weights are kept a second time, in the order of its reads). ring: with persistent, those weights flow through a ring
-    in shared memory, ahead of the phases and across their meetings (bf16). gelu_epilogue: vision's first product, its
+    in shared memory, ahead of the phases and across their meetings (bf16). wide: with ring, so do those of a step of 17
+    to 64 rows, a horizon of 50, in a kernel of its own. gelu_epilogue: vision's first product, its
     bias and GELU in one launch of cuBLASLt.
     """
 
@@ -45,6 +46,7 @@ class Fusion(Option):
     blocks: bool = False
     persistent: bool = False
     ring: bool = False
+    wide: bool = False
     gelu_epilogue: bool = False
     rewrites: Rewrites = field(default_factory=Rewrites)
 
@@ -80,6 +82,8 @@ class Fusion(Option):
             return ["persistent needs fusion.blocks"]
         if self.ring and not self.persistent:
             return ["ring needs fusion.persistent"]
+        if self.wide and not self.ring:
+            return ["wide needs fusion.ring"]
         reasons = vision.clashes(stack) if self.gelu_epilogue else []
         return reasons + (blocks.clashes(self, stack) if self.blocks else [])
 

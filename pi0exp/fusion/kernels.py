@@ -17,7 +17,7 @@ SWITCHES = {
     "norms": r"rms_norm",
     "activation": r"gated_activation",
     "rope": r"rope_qkv",
-    "blocks": r"stream_(qkv|layers|ring)|attend_combine",  # the last with more rows than a stream takes
+    "blocks": r"stream_(qkv|layers|ring|wide)|attend_combine",  # the last with more rows than a stream takes
 }
 """Switch of `Fusion` -> what the names of its kernels contain."""
 

@@ -1,8 +1,8 @@
 """All layers of a denoising step in one launch: `fusion.persistent`; the chain of `fusion.blocks` has five a layer.
 
-The launch itself is `pi0exp.kernels.stream_layers`, with `fusion.ring` `pi0exp.kernels.stream_ring`; here are its
-arguments. Shapes: B batch, T suffix tokens, D width,
-L layers, R rows of a cache's room, K key/value heads, H head dim.
+The launch itself is `pi0exp.kernels.stream_layers`, with `fusion.ring` `pi0exp.kernels.stream_ring`, with `fusion.wide`
+and more rows than those take `pi0exp.kernels.stream_wide`; here are its arguments. Shapes: B batch, T suffix tokens, D
+width, L layers, R rows of a cache's room, K key/value heads, H head dim.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,9 +32,12 @@ class Tables(NamedTuple):
 
 
 class Layers:
-    """The expert's layers, their weights in the order of the kernel (once more as large as they are)."""
+    """The expert's layers, their weights in the order of the kernel (once more as large as they are).
 
-    def __init__(self, expert: Gemma, slots: Tensor, ring: bool):
+    form: of `form_for`.
+    """
+
+    def __init__(self, expert: Gemma, slots: Tensor, form: "Form"):
         from pi0exp.kernels.stream_pack import Weights
 
         self.blocks = cast(list[GemmaBlock], list(expert.blocks))
@@ -46,16 +49,14 @@ class Layers:
             torch.stack([block.mlp.down.weight for block in self.blocks]),
         )
         self.sizes = [weight.shape[1] for weight in (weights.qkv_LCD, weights.gate_up_LCD)]
-        self.launch = (through_a_ring if ring else in_registers)(weights, self.blocks[0].attention.head_dim)
+        self.rows, self.launch = form.rows, form.make(weights, self.blocks[0].attention.head_dim)
         norms = [norm for block in self.blocks for norm in (block.norm1, block.norm2)]
         own = [getattr(norm, "weight", None) for norm in (*norms, expert.norm)]
         self.own = None if None in own else Tables(torch.stack(cast(list[Tensor], own)), None, None, None)
 
-    def takes(self, tokens_BTD: Tensor) -> bool:
-        """One observation, of few rows."""
-        from pi0exp.kernels.stream_pack import ROWS
-
-        return tokens_BTD.shape[0] == 1 and tokens_BTD.shape[1] <= ROWS.value
+    def takes(self, B: int, T: int) -> bool:
+        """One observation, of as many rows as the launch is made for."""
+        return B == 1 and self.rows >= T
 
     def tables(self, cond: Tensor | None) -> Tables:
         """Pi0's are the same in every step; Pi0.5's stand in the row that `blocks.tabulate_offsets` made for it."""
@@ -88,6 +89,23 @@ class Layers:
 Launch = Callable[..., tuple[Tensor, Tensor]]
 
 
+class Form(NamedTuple):
+    """A kernel for all layers. rows: that it takes at most. make: weights, head dim -> its launch."""
+
+    rows: int
+    make: Callable[["Weights", int], Launch]
+
+
+def form_for(rows: int, ring: bool, wide: bool) -> Form | None:
+    """The kernel for steps of so many rows; None where there is none."""
+    from pi0exp.kernels import stream_pack
+    from pi0exp.kernels import wide as wide_products
+
+    few = Form(stream_pack.ROWS.value, through_a_ring if ring else in_registers)
+    many = Form(wide_products.ROWS.value, through_a_wide_ring)
+    return next((form for form in (few, many) if rows <= form.rows and (wide or form is few)), None)
+
+
 def in_registers(weights: "Weights", head_dim: int) -> Launch:
     """`stream_layers` with these weights, packed. Raises UnsupportedError where it cannot take them."""
     from pi0exp.kernels.stream_layers import stream_layers
@@ -110,6 +128,18 @@ def through_a_ring(weights: "Weights", head_dim: int) -> Launch:
         raise UnsupportedError(f"ring: {why}")
     packed = packed_ring(weights, head_dim)
     return lambda tokens_BTD, *rest: stream_ring(tokens_BTD, packed, *rest)
+
+
+def through_a_wide_ring(weights: "Weights", head_dim: int) -> Launch:
+    """`stream_wide` likewise."""
+    from pi0exp.kernels.stream_wide import stream_wide
+    from pi0exp.kernels.wide_pack import misfit, packed_wide
+
+    (_, width, heads), hidden = weights.out_LDK.shape, weights.down_LDF.shape[2]
+    if why := misfit(width, head_dim, hidden, heads // head_dim, weights.qkv_LCD.shape[1] // head_dim):
+        raise UnsupportedError(f"wide: {why}")
+    packed = packed_wide(weights, head_dim)
+    return lambda tokens_BTD, *rest: stream_wide(tokens_BTD, packed, *rest)
 
 
 def one_room(cache: Sequence[LayerCache]) -> Tensor:
