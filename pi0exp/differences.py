@@ -24,8 +24,13 @@ def differences(a: Record, b: Record) -> list[tuple[str, str, str]]:
 
 
 def other_work(a: Record, b: Record) -> list[str]:
-    """The sections in which it is not the same that both computed."""
-    return [name for name in WORK if a["experiment"].get(name) != b["experiment"].get(name)]
+    """The sections in which it is not the same that both computed; weights and recordings by their content."""
+    return [name for name in WORK if _work(a["experiment"], name) != _work(b["experiment"], name)]
+
+
+def _work(experiment: dict[str, Any], section: str) -> tuple[Any, dict[str, str]]:
+    files = experiment.get("files", {})
+    return experiment.get(section), {name: files[name] for name in files if name.startswith(f"{section}.")}
 
 
 def _words(record: Record, group: str) -> dict[str, str]:

@@ -24,6 +24,18 @@ def point_key(experiment: dict[str, Any], machine: dict[str, Any]) -> str:
     return hashlib.sha256(f"{asked}\n{source_digest()}".encode()).hexdigest()[:16]
 
 
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's content, in hex; read once as long as the file is the same. Raises OSError."""
+    found = path.stat()
+    return _file_digest(path, (found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@cache
+def _file_digest(path: Path, state: tuple[int, ...]) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @cache
 def source_digest() -> str:
     """The digest of the code that this process runs; read once, so that an edit meanwhile does not change its keys."""

@@ -1,9 +1,8 @@
 """One point of a run or sweep: check it, look whether it is settled, measure it in a child, record it, show it."""
 
-import hashlib
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from pi0exp.card import card, console
 from pi0exp.errors import UserError
 from pi0exp.exhibits import machine_tags
 from pi0exp.isolate import measure_isolated
-from pi0exp.key import point_key
+from pi0exp.key import file_digest, point_key
 from pi0exp.load import read_record, try_folder, write_record
 from pi0exp.machine import Machine, tracking_uri
 from pi0exp.measure import fingerprint, target_machine
@@ -132,7 +131,7 @@ def experiment_of(plain: dict[str, Any]) -> dict[str, Any]:
     experiment = {name: part for name, part in plain.items() if name not in FRAME}
     experiment["names"] = {group: name for group, name in plain["names"].items() if group not in LABELS}
     sources = plugins.foreign_sources(experiment)
-    files = file_digests(plain)
+    files = file_digests(plain) | subject_digests(subject.subject(plain))
     return experiment | ({"plugins": sources} if sources else {}) | ({"files": files} if files else {})
 
 
@@ -140,8 +139,17 @@ def file_digests(plain: dict[str, Any]) -> dict[str, str]:
     """Path -> SHA-256, in hex, of each file that a setting of an option names."""
     options = [config.option(group, plain[group]) for group in config.GROUPS if plain.get(group) is not None]
     paths = [path for option in options for _, part in option.parts() for path in part.files()]
+    return _digests({path: Path(path) for path in paths})
+
+
+def subject_digests(thing: subject.Subject) -> dict[str, str]:
+    """Setting -> SHA-256, in hex, of the file that it names: weights, a recording. Where they lie is not part of it."""
+    return _digests(thing.files())
+
+
+def _digests(files: Mapping[str, Path]) -> dict[str, str]:
     try:
-        return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in paths}
+        return {name: file_digest(path) for name, path in files.items()}
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from error
 

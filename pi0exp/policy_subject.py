@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -28,7 +29,8 @@ from pi0exp.model.weights import build as build_model
 from pi0exp.option import Numerics
 from pi0exp.policy import Policy, Watch
 from pi0exp.precision.option import PrecisionOption, allow_tf32
-from pi0exp.preprocess import Normalization, load_normalization
+from pi0exp.preprocess import Normalization, load_normalization, statistics_files
+from pi0exp.recording import find_observations
 from pi0exp.subject import Progress, StageWork, Verdict
 from pi0exp.workload import KINDS, HostInput, Inputs, Workload, host_inputs, verification_inputs
 
@@ -103,6 +105,18 @@ class PolicySubject:
     def normalization(self) -> Normalization:
         directory = None if self.checkpoint is None else self.checkpoint.directory
         return load_normalization(directory, self.dimensions.pi05)
+
+    def files(self) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        if self.checkpoint is not None:
+            found["model.checkpoint"] = self.checkpoint.file
+            for file in statistics_files(self.checkpoint.directory):
+                found[f"model.checkpoint {file.relative_to(self.checkpoint.directory).as_posix()}"] = file
+        if self.workload.observations is not None:
+            found["workload.observations"] = find_observations(self.workload.observations)
+        if self.workload.tokenizer is not None:
+            found["workload.tokenizer"] = Path(self.workload.tokenizer)
+        return found
 
     def inputs(self, count: int) -> Inputs:
         return host_inputs(self.workload, self.dimensions, self.normalization, count)

@@ -99,6 +99,11 @@ class Normalization:
         return np.array(statistic[: x.shape[-1]])
 
 
+def statistics_files(checkpoint: Path) -> list[Path]:
+    """A name can have slashes: physical-intelligence/libero."""
+    return sorted((checkpoint / "assets").rglob("norm_stats.json"))
+
+
 def load_normalization(directory: Path | str | None, pi05: bool) -> Normalization:
     """Statistics of the one `assets/**/norm_stats.json` below a checkpoint directory; identity where there are none.
 
@@ -109,7 +114,7 @@ def load_normalization(directory: Path | str | None, pi05: bool) -> Normalizatio
     root = Path(directory)
     if not root.is_dir():
         raise UserError(f"checkpoint directory {root} is not there; it may hold assets/<name>/norm_stats.json")
-    files = sorted((root / "assets").rglob("norm_stats.json"))  # a name can have slashes: physical-intelligence/libero
+    files = statistics_files(root)
     if not files:
         return Normalization()
     assets = [file.parent.relative_to(root).as_posix() for file in files]

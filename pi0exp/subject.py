@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from pi0exp.errors import UserError
@@ -132,6 +133,11 @@ class Subject(Protocol):
 
     def preflight(self) -> None:
         """Read whatever input can be wrong, before anything expensive. Raises UserError."""
+        ...
+
+    def files(self) -> dict[str, Path]:
+        """Files that it computes from, by the setting that names each: their content is part of the point. Raises
+        UserError."""
         ...
 
     def unmet(self, machine: Machine) -> list[str]:

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -353,10 +352,14 @@ def test_recorded_observation_and_stages(tmp_path):
 
 
 def test_help_is_quick_and_complete(tmp_path):
-    started = time.monotonic()
+    def of_children() -> float:
+        """Seconds of a processor, which do not depend on who else wants one."""
+        return os.times().children_user + os.times().children_system
+
+    started = of_children()
     done = module("pi0exp", "--help", scratch=tmp_path)
     assert done.returncode == 0
-    assert time.monotonic() - started < 6, "half a second on a quiet machine"
+    assert of_children() - started < 4, "half a second"
     for group in (REPOSITORY / "conf").iterdir():
         if group.is_dir() and group.name != "hydra":
             options = ", ".join(sorted(file.stem for file in group.glob("*.yaml")))

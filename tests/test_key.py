@@ -2,13 +2,18 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from helpers import plain_config
+import torch
+from helpers import plain_config, subject_of, tiny_policy
 
 import pi0exp
 from pi0exp import key
+from pi0exp.differences import other_work
 from pi0exp.errors import UserError
 from pi0exp.key import digest_sources, point_key
+from pi0exp.model.checkpoint import save
 from pi0exp.point import experiment_of
+from pi0exp.preprocess import statistics_files
+from pi0exp.recording import find_observations
 
 EXPERIMENT = {"attention": {"_target_": "sdpa"}, "workload": {"batch_size": 1}}
 MACHINE = {"gpu": "NVIDIA H200", "torch": "2.13.0"}
@@ -55,6 +60,47 @@ def test_content_of_a_file_that_an_option_names_is_in_the_key(tmp_path):
     table.write_text("Validator,A,1\nGemm,tn,Default,0.02\n")
     keys.add(point_key(asked("gemm=aiter"), MACHINE))
     assert len(keys) == 3
+
+
+def test_content_of_weights_and_recordings_is_in_the_key(tmp_path):
+    recording, tokenizer, weights = tmp_path / "some.npz", tmp_path / "tokenizer.model", tmp_path / "weights"
+    statistics = weights / "assets" / "robot" / "norm_stats.json"
+    shipped = find_observations("aloha_sim.npz").read_bytes()
+    words = [
+        "model=tiny", "workload=aloha", f"workload.observations={recording}", f"workload.tokenizer={tokenizer}",
+        f"model.checkpoint={weights}",
+    ]  # fmt: skip
+
+    model = tiny_policy().model
+    save(model, weights)
+    first = (weights / "model.safetensors").read_bytes()
+    with torch.no_grad():
+        next(model.parameters()).mul_(2.0)
+    save(model, weights)
+    second = (weights / "model.safetensors").read_bytes()
+
+    def write(tensors: bytes = first, **content: bytes) -> dict:
+        (weights / "model.safetensors").write_bytes(tensors)
+        for path, name in ((recording, "recording"), (tokenizer, "tokenizer"), (statistics, "statistics")):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.get(name, shipped))
+        return experiment_of(plain_config(*words))
+
+    plain = write()
+    assert set(plain["files"]) == {
+        "model.checkpoint", "model.checkpoint assets/robot/norm_stats.json", "workload.observations",
+        "workload.tokenizer",
+    }  # fmt: skip
+    assert statistics_files(weights) == [statistics]
+    assert plain["files"] == write()["files"], "writing the same again makes no other point"
+    other = [write(second), write(recording=b"1"), write(tokenizer=b"1"), write(statistics=b"1")]
+    assert len({point_key(one, MACHINE) for one in (plain, *other)}) == 5
+    told = [other_work({"experiment": plain}, {"experiment": one}) for one in other]
+    assert told == [["model"], ["workload"], ["workload"], ["model"]]
+    recording.unlink()
+    with pytest.raises(UserError, match=r"some\.npz"):
+        experiment_of(plain_config(*words))
+    assert subject_of("model=tiny").files() == {}
 
 
 def checkout(folder: Path, linked: bool) -> Path:

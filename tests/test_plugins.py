@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import pytest
 from cli import QUICK, REPOSITORY, artifact, environment, error_line, runs
 
@@ -131,9 +132,9 @@ def test_code_that_is_no_plugin_counts_too(site):
 def test_point_names_the_code_of_others_only_where_there_is_any():
     from pi0exp.point import experiment_of
 
-    plain = {"names": {"attention": "eager"}, "attention": {"_target_": "pi0exp.attention.eager.Eager"}}
+    plain = helpers.plain_config("model=tiny")
     assert "plugins" not in experiment_of(plain)
-    plain["subject"] = {"_target_": "toy_subjects.Toy"}
+    plain["subject"] = {"_target_": "toy_subjects.Toy", "fault": "none"}
     assert list(experiment_of(plain)["plugins"]) == ["toy_subjects"]
 
 

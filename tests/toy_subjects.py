@@ -83,6 +83,9 @@ class Toy:
     def stack_work(self) -> list[Any]:
         return []
 
+    def files(self) -> dict[str, Any]:
+        return {}
+
     def matrix_rate(self) -> str:
         raise NotImplementedError
 

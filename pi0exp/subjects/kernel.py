@@ -8,6 +8,7 @@ import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from statistics import geometric_mean, median
 from typing import TYPE_CHECKING, Any, Self
 
@@ -96,6 +97,9 @@ class KernelSubject:
 
     def stack_work(self) -> list[StageWork]:
         return []
+
+    def files(self) -> dict[str, Path]:
+        return {}
 
     def matrix_rate(self) -> str:
         return "bf16"

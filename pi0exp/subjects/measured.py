@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,9 @@ class PartSubject(ABC):
 
     def stack_work(self) -> list[StageWork]:
         return self.work()
+
+    def files(self) -> dict[str, Path]:
+        return {}
 
     def matrix_rate(self) -> str:
         return self.whole.matrix_rate()

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from statistics import median
 from typing import Any, Self
 
@@ -122,6 +123,9 @@ class ProductsSubject:
 
     def stack_work(self) -> list[StageWork]:
         return self.work()
+
+    def files(self) -> dict[str, Path]:
+        return {}
 
     def model(self, device: torch.device) -> Products:
         cache = cache_bytes(device)
