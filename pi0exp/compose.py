@@ -11,15 +11,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from hydra import compose, initialize_config_dir
-from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
-from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pi0exp import plugins
+from pi0exp import folders, plugins
 from pi0exp.errors import UserError
 from pi0exp.option import STAGES
 from pi0exp.root import default_root
@@ -32,20 +30,12 @@ STAGED = ("gemm", "attention", "compile_mode")
 """Groups whose option may differ between stages."""
 
 
-class Folders(SearchPathPlugin):
-    """Lets study=NAME find experiments/study/NAME.yaml, and attention=NAME the attention/NAME.yaml of a plugin."""
-
-    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        search_path.append("pi0exp-experiments", f"file://{PACKAGE / 'experiments'}")
-        for plugin in plugins.installed():
-            search_path.append(str(plugin), f"file://{plugin.folder}")
-
-
 def register() -> None:
     """Tell Hydra of our folders and resolvers, before it composes anything. Raises UserError for a bad plugin."""
     files()
     known = Plugins.instance()
-    known.register(Folders)
+    known.register(folders.Studies)
+    known.register(folders.Folders)
     # Not above: it imports this file, and Hydra replaces its own classes when it looks for plugins.
     from pi0exp import sweeper
 
@@ -87,9 +77,9 @@ def files() -> dict[str, dict[str, Path]]:
     Raises UserError where a plugin brings a group that is not there, or a name that is taken: Hydra would take one of
     the two in silence.
     """
-    folders = {folder.name: folder for folder in sorted(CONF.iterdir()) if folder.is_dir() and folder.name != "hydra"}
-    folders["study"] = PACKAGE / "experiments" / "study"
-    found = {group: {file.stem: file for file in sorted(folder.glob("*.yaml"))} for group, folder in folders.items()}
+    places = {folder.name: folder for folder in sorted(CONF.iterdir()) if folder.is_dir() and folder.name != "hydra"}
+    places["study"] = folders.EXPERIMENTS / "study"
+    found = {group: {file.stem: file for file in sorted(place.glob("*.yaml"))} for group, place in places.items()}
     for plugin in plugins.installed():
         for group, name, file in plugin.files():
             if group not in found:
