@@ -46,7 +46,18 @@ from pi0exp.kernels.wide import (
     product,
 )  # fmt: skip
 from pi0exp.kernels.wide_pack import PARTS, STEP, misfit, packed_wide, query_heads, unpacked_wide
-from pi0exp.kernels.wide_phases import add, attend, boxes_of, hide, inverse_rms, joined, leave_sums, mix, project
+from pi0exp.kernels.wide_phases import (
+    QUERIES,
+    add,
+    attend,
+    hide,
+    inverse_rms,
+    keep,
+    keep_block,
+    leave_sums,
+    mix,
+    project,
+)  # fmt: skip
 
 PHASES = 8
 
@@ -139,21 +150,17 @@ def stream_wide_kernel(
 
         # Attention: rows of a head against blocks of keys. What stood in the cache before is read before the meeting.
         item = me
-        head_kv, first = (item // parts) // (HEADS // HEADS_KV), (item % parts) * ROWS
-        k = boxes_of(room_k + head_kv * H, first, 0, settled, rooms_S)
-        v = boxes_of(room_v + head_kv * H, first, 0, settled, rooms_S)
+        if item < HEADS * parts:
+            keep_block(rows, room_k, item, parts, settled, rooms_S, HEADS, HEADS_KV, H)
         meet(slots_ptr, slot, clocks_ptr, False)
-        if (item < HEADS * parts) & (first + ROWS > settled):
-            k = joined(k, boxes_of(room_k + head_kv * H, first, settled, S, rooms_S))
-            v = joined(v, boxes_of(room_v + head_kv * H, first, settled, S, rooms_S))
+        if (item < HEADS * parts) & ((item % parts) * ROWS + ROWS > settled):
+            keep_block(rows, room_k, item, parts, S, rooms_S, HEADS, HEADS_KV, H)
         while item < HEADS * parts:
-            q = boxes_of(q_ptr + (item // parts) * H, 0, 0, M, K)
-            attend(q, k, v, rows, keys_ptr, acc_ptr, stats_ptr, item, parts, M, S, scale, H, MASKED, BLIND, HIDDEN)
+            keep(rows, QUERIES, q_ptr + (item // parts) * H, 0, M, K)
+            attend(rows, keys_ptr, acc_ptr, stats_ptr, item, parts, M, S, scale, H, MASKED, BLIND, HIDDEN)
             item += gl.num_programs(0)
             if item < HEADS * parts:
-                head_kv, first = (item // parts) // (HEADS // HEADS_KV), (item % parts) * ROWS
-                k = boxes_of(room_k + head_kv * H, first, 0, S, rooms_S)
-                v = boxes_of(room_v + head_kv * H, first, 0, S, rooms_S)
+                keep_block(rows, room_k, item, parts, S, rooms_S, HEADS, HEADS_KV, H)
 
         slot += 1
         come(slots_ptr, slot, clocks_ptr, False)

@@ -70,52 +70,47 @@ def project(
     gl.store(to + HALF, high.to(kind), mask=inside)
 
 
+# Queries, keys and values of a block stand in the slots of x, which is not there meanwhile.
+QUERIES, KEYS, VALUES = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+
+
 @gluon.jit
-def boxes_of(at_ptr, first, begin, end, stride):
-    """ROWS rows of BOXES * BOX values, from row `first` on, a box each; those from `begin` to `end`, else zeros."""
+def keep(rows, slot: gl.constexpr, at_ptr, first, end, stride):
+    """Into a slot, ROWS rows of BOXES * BOX values from row `first` on; zeros for those from `end` on."""
     row = (first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, BOX_ROWS)))[:, None]
     column = gl.arange(0, BOX, layout=gl.SliceLayout(0, BOX_ROWS))[None, :]
-    inside = (row >= begin) & (row < end) & (column >= 0)
-    found = ()  # type: Any
+    boxes = ()  # type: Any
     for i in gl.static_range(BOXES):
         at = at_ptr + row * stride + (column + i * BOX)
-        found = found + (gl.load(at, mask=inside, other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
-    return found
-
-
-@gluon.jit
-def joined(one, other):
-    """Boxes of which each row is zeros in one or the other."""
-    found = ()  # type: Any
-    for i in gl.static_range(BOXES):
-        found = found + (one[i] + other[i],)  # noqa: RUF005
-    return found
-
-
-@gluon.jit
-def keep(rows, slot: gl.constexpr, boxes):
+        boxes = boxes + (gl.load(at, mask=(row < end) & (column >= 0), other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
     for i in gl.static_range(BOXES):
         rows.index(slot * BOXES + i).store(boxes[i])
 
 
 @gluon.jit
+def keep_block(rows, room_ptr, item, parts, end, stride, HEADS: gl.constexpr, HEADS_KV: gl.constexpr, H: gl.constexpr):
+    """The keys and values of an item; those of the cache from row `end` on as zeros."""
+    at_ptr = room_ptr + (item // parts) // (HEADS // HEADS_KV) * H
+    keep(rows, KEYS, at_ptr, (item % parts) * ROWS, end, stride)
+    keep(rows, VALUES, at_ptr + HEADS_KV * H, (item % parts) * ROWS, end, stride)
+
+
+@gluon.jit
 def attend(
-    q, k, v, rows, keys_ptr, acc_ptr, stats_ptr, item, parts, M, S, scale,
+    rows, keys_ptr, acc_ptr, stats_ptr, item, parts, M, S, scale,
     H: gl.constexpr, MASKED: gl.constexpr, BLIND: gl.constexpr, HIDDEN: gl.constexpr,
 ):  # fmt: skip
-    """One head's rows against one block of ROWS keys; q, k, v go through the slots of x.
+    """One head's rows against one block of ROWS keys, which were kept.
 
     acc: [HEADS, parts, ROWS, H]; stats: [HEADS, 2, parts, ROWS].
     """
-    keep(rows, 0, q)
-    keep(rows, 1, k)
-    keep(rows, 2, v)
     fence_async_shared()
     barrier()
     head, part = item // parts, item % parts
     scores = gl.zeros([ROWS, ROWS], gl.float32, layout=SUMS_64)
     for i in gl.static_range(BOXES):
-        scores = warpgroup_mma(rows.index(i), rows.index(BOXES + i).permute([1, 0]), scores, is_async=True)
+        k = rows.index(KEYS * BOXES + i).permute([1, 0])
+        scores = warpgroup_mma(rows.index(QUERIES * BOXES + i), k, scores, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
     scores *= gl.cast(scale, gl.float32) * 1.4426950408889634
     m_M = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS_64))
@@ -136,7 +131,7 @@ def attend(
     at = acc_ptr + ((head * parts + part) * ROWS + m_M[:, None]) * H + n[None, :]
     for i in gl.static_range(BOXES):
         acc = gl.zeros([ROWS, BOX], gl.float32, layout=SUMS_64)
-        acc = warpgroup_mma(probs, rows.index(2 * BOXES + i), acc, is_async=True)
+        acc = warpgroup_mma(probs, rows.index(VALUES * BOXES + i), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         gl.store(at + i * BOX, acc, mask=(m_M < M)[:, None] & (n >= 0)[None, :])
     barrier()  # nobody reads the slots any more
