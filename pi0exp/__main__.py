@@ -75,7 +75,7 @@ def main() -> None:
             raise
         code = refused(error)
     except KeyboardInterrupt as error:
-        print(f"pi0exp: interrupted by {interrupts.cause(error)}", file=sys.stderr)
+        print(f"pi0exp: interrupted by {interrupts.cause(error)}{outcomes.kept()}", file=sys.stderr)
         code = Outcome.INTERRUPTED.exit_code
     sys.exit(code)
 

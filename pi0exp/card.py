@@ -9,12 +9,25 @@ from pi0exp.config import GROUPS
 from pi0exp.title import word
 
 CONSOLE_WIDTH = 100
+TABLE_WIDTH = 10_000
 
 
 def console() -> Console:
     """A terminal's own width; a fixed one where the output goes to a file or pipe."""
     found = Console(highlight=False, soft_wrap=True)
     return found if found.is_terminal else Console(highlight=False, soft_wrap=True, width=CONSOLE_WIDTH)
+
+
+def show(made: Table) -> None:
+    """A table folds on a terminal; in a file or pipe each point is one line."""
+    screen = console()
+    if screen.is_terminal:
+        screen.print(made)
+        return
+    wide = Console(highlight=False, width=TABLE_WIDTH)
+    with wide.capture() as text:
+        wide.print(made)
+    print("\n".join(line.rstrip() for line in text.get().splitlines()))
 
 
 def card(record: dict[str, Any], run_id: str, settled: bool) -> str:
@@ -156,8 +169,18 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def differing(rows: list[dict[str, Any]]) -> list[str]:
     """The parameters in which points differ, in the order in which they first appear."""
-    names = list(dict.fromkeys(name for row in rows for name in row["params"]))
-    return [name for name in names if len({row["params"][name] for row in rows if name in row["params"]}) > 1]
+    params = [row["params"] for row in rows]
+    names = list(dict.fromkeys(name for one in params for name in one))
+    found = [name for name in names if len({one[name] for one in params if name in one}) > 1]
+    told = {name: "stack" if name.split(".")[0] in GROUPS else name.split(".")[0] for name in found}
+    return [name for name in found if told[name] not in found or not _follows(name, told[name], params)]
+
+
+def _follows(name: str, other: str, params: list[dict[str, str]]) -> bool:
+    """Whether another name tells a setting: each value of `other` has one of it."""
+    if name == other:
+        return False
+    return len({(one.get(other), one.get(name)) for one in params}) == len({one.get(other) for one in params})
 
 
 _CELLS = (("latency_ms/p50", "2f"), ("throughput_hz", "1f"), ("error/rel_l2", "1e"))

@@ -59,7 +59,7 @@ def explain_point(plain: dict[str, Any]) -> dict[str, Any]:
     told = {
         "numerics": thing.numerics.name,
         "floor_ms": sum(floor_ms(work, ceilings[0]).values()) if work and ceilings else None,
-        "settled": any(Outcome(known.record["outcome"]).settled for known in here),
+        "settled": sorted({_how(known) for known in here if Outcome(known.record["outcome"]).settled}),
         "p50_ms": next((p50 for known in here if (p50 := _p50(known)) is not None), None),
     }
     made = {"metrics": {}, "outcome": EXPLAINED, "reasons": reasons, "exit_code": 0, "params": params}
@@ -171,9 +171,14 @@ def _measured(records: list[Known], otherwise: str) -> list[str]:
 def _result(known: Known) -> str:
     record, prints, p50 = known.record, known.record["fingerprint"], _p50(known)
     what = f"p50 {p50:.2f} ms" if p50 is not None else "; ".join(record["reasons"])
-    how = record["params"].get("measure", "?")
     code = str(prints.get("commit") or "no commit")[:10]
-    return f"{record['outcome']}, {what} ({known.gpu}, {known.date}, {code}, measure={how}; {known.where})"
+    return f"{record['outcome']}, {what} ({known.gpu}, {known.date}, {code}, {_how(known)}; {known.where})"
+
+
+def _how(known: Known) -> str:
+    """With which settings it was measured, as on the command line: a run with others measures again."""
+    params = known.record["params"]
+    return " ".join(f"{name}={value}" for name, value in params.items() if name.split(".")[0] == "measure") or "?"
 
 
 def _p50(known: Known) -> float | None:
@@ -192,7 +197,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     made.add_column("can run", overflow="fold")
     for i, row in enumerate(rows):
         told = row.get(EXPLAINED, {})
-        numbers = [f"{told[name]:.2f}" if told.get(name) is not None else "-" for name in ("floor_ms", "p50_ms")]
+        numbers = [_figure(told[name]) if told.get(name) is not None else "-" for name in ("floor_ms", "p50_ms")]
         word = row["outcome"] if EXPLAINED not in row else "no" if row["reasons"] else "yes"
         can = ": ".join(filter(None, [word, "; ".join(row["reasons"])]))
         cells = [str(row["params"].get(name, "-")) for name in varying]

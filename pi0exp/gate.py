@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean
 from typing import Any
 
 from rich.table import Table
@@ -98,7 +98,7 @@ def entry_of(words: list[str], runs: list[dict[str, Any]]) -> Entry:
 
 def judge(name: str, entry: Entry, runs: list[dict[str, Any]], margin: float, error_margin: float) -> Check:
     """Hold the runs of today against the baseline."""
-    before_ms, before_error = median(entry.p50_ms), max(entry.error)
+    before_ms, before_error = geometric_mean(entry.p50_ms), max(entry.error)
     if failed := [run for run in runs if run["outcome"] != Outcome.OK]:
         fault = f"ended as {failed[0]['outcome']}: {'; '.join(failed[0]['reasons'])}"
         return Check(name, before_ms, None, None, before_error, None, [fault])
@@ -117,7 +117,8 @@ def judge(name: str, entry: Entry, runs: list[dict[str, Any]], margin: float, er
     if error > before_error * (1 + error_margin):
         faults.append(f"the error grew from {before_error:.3g} to {error:.3g}, by more than {100 * error_margin:g} %")
     others = changed(entry.fingerprint, now.fingerprint)
-    return Check(name, before_ms, median(now.p50_ms), interval, before_error, error, faults, remark, others)
+    now_ms = geometric_mean(now.p50_ms)  # whose ratio is the interval's
+    return Check(name, before_ms, now_ms, interval, before_error, error, faults, remark, others)
 
 
 def best_stacks(words: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Hydra's callback that gathers how the points of a run or a sweep ended."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +16,20 @@ EXPLAINED = "explained"
 POINTS: list[dict[str, Any]] = []
 """What the points returned: exit_code and what the closing table shows; and sweep, whether it was one of several."""
 
+FINISHED: list[dict[str, Any]] = []
+"""Of a sweep whose points run in this process, those that have returned."""
+
 
 class Outcomes(Callback):
     """Kept out of `pi0exp.__main__`, which exists twice when it is run with `python -m`."""
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Of a single point; it runs where the point runs. Those of a sweep come through pi0exp.sweeper."""
-        if config.hydra.mode != RunMode.MULTIRUN and isinstance(point := job_return._return_value, dict):
-            POINTS.append(point | {"sweep": False})
+        """Of a single point; it runs where the point runs. Those of a sweep come through pi0exp.sweeper, at its end."""
+        if isinstance(point := job_return._return_value, dict):
+            if config.hydra.mode == RunMode.MULTIRUN:
+                FINISHED.append(point)
+            else:
+                POINTS.append(point | {"sweep": False})
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from pi0exp import card, explain
@@ -34,7 +41,7 @@ class Outcomes(Callback):
             from pi0exp.search import shown
 
             table = shown.table
-        card.console().print(table(POINTS))
+        card.show(table(POINTS))
         if POINTS:
             print(closing(str(config.name), POINTS, explained and not measured))
 
@@ -60,24 +67,39 @@ def died(job: JobReturn) -> dict[str, Any]:
 def closing(study: str, points: list[dict[str, Any]], explained: bool) -> str:
     """Whether a sweep is complete, or which points are missing, by their number in the table.
 
-    explained: nothing was measured now, and what counts is whether a point was before.
+    explained: nothing was measured now, and what counts is whether a point was before, and with which settings.
     """
-    missing = [
-        f"#{i} {'not measured' if explained and point['outcome'] == EXPLAINED else point['outcome']}"
-        for i, point in enumerate(points)
-        if not settled(point)
-    ]
+    if explained:
+        return _closing_explained(study, points)
+    missing = [f"#{i} {point['outcome']}" for i, point in enumerate(points) if not settled(point)]
     head = f"study {study}: {len(points) - len(missing)} of {len(points)} points settled"
     if not missing:
         return f"{head}, complete"
-    command = "a run without measure=explain" if explained else "the same command again"
-    return f"{head}; missing: {', '.join(missing)}; {command} measures only these"
+    return f"{head}; missing: {', '.join(missing)}; the same command again measures only these"
+
+
+def _closing_explained(study: str, points: list[dict[str, Any]]) -> str:
+    """A line for each `measure=` with which some points are settled, the most complete first."""
+    ways = Counter(how for point in points if EXPLAINED in point for how in point[EXPLAINED]["settled"])
+    lines = []
+    for how, count in ways.most_common() or [("", 0)]:
+        head = f"study {study}: {count} of {len(points)} points settled{f' with {how}' if how else ''}"
+        lacking = [f"#{i}" for i, point in enumerate(points) if how not in point.get(EXPLAINED, {}).get("settled", [])]
+        lines.append(f"{head}; a run with it measures only {', '.join(lacking)}" if lacking and how else head)
+        lines[-1] += "" if lacking else ", complete"
+    return "\n".join(lines)
+
+
+def kept() -> str:
+    """What an interrupted sweep leaves, to go on with its last line."""
+    count = sum(settled(point) for point in FINISHED if EXPLAINED not in point)
+    if not count:
+        return ""
+    return f"; {count} finished before: the same command again measures only the others"
 
 
 def settled(point: dict[str, Any]) -> bool:
-    """Whether a point need not be measured again; of one that is explained, whether it was measured before."""
-    if EXPLAINED in point:
-        return bool(point[EXPLAINED]["settled"])
+    """Whether a point need not be measured again."""
     if "trial" in point:  # of a search, which learned from it that this is no candidate
         return bool(point["outcome"] != Outcome.INTERRUPTED)
     return point["outcome"] in {outcome.value for outcome in Outcome if outcome.settled}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pi0exp.card import card
+from pi0exp import card, outcomes
 
 METRICS = {"latency_ms/p50": 15.234, "latency_ms/p90": 15.31, "latency_host_ms/p50": 15.82, "throughput_hz": 65.6}
 
@@ -19,7 +19,7 @@ def shown(metrics: dict[str, float], facts: dict[str, str] | None = None) -> lis
         "numerics": "REORDERED",
         "study": "adhoc",
     }
-    rows = [[line[:13].strip(), line[15:]] for line in card(record, "id", False).splitlines()]
+    rows = [[line[:13].strip(), line[15:]] for line in card.card(record, "id", False).splitlines()]
     return rows[[title for title, _ in rows].index("latency") :]
 
 
@@ -78,3 +78,61 @@ def test_what_qualifies_the_numbers_has_a_row_of_its_own():
     ]
     assert dict(rows)["clocks"] == "held down: thermal"
     assert dict(rows)["power from"] == "absent: no counter"
+
+
+# ---- the closing table
+
+
+def point(**params: str) -> dict:
+    given = {name.replace("__", "."): value for name, value in params.items()}
+    return {"params": given, "metrics": {"latency_ms/p50": 1.5}, "outcome": "ok", "reasons": []}
+
+
+LADDER = [
+    point(stack="eager", attention="eager", workload="default", workload__seed="0", model__seed="0"),
+    point(stack="fast", attention="sdpa", workload="default", workload__seed="0", model__seed="1"),
+    point(stack="eager", attention="eager", workload="masked", workload__seed="1", model__seed="0"),
+]
+
+
+def test_columns_that_another_tells_are_left_out():
+    assert card.differing(LADDER) == ["stack", "workload", "model.seed"]
+    changed = point(stack="fast", attention="eager", workload="masked", workload__seed="2", model__seed="0")
+    assert card.differing([*LADDER, changed]) == ["stack", "attention", "workload", "workload.seed", "model.seed"]
+    assert card.differing([one | {"params": {"attention": name}} for one, name in zip(LADDER, "aba", strict=True)]) == [
+        "attention"
+    ]
+
+
+def test_a_point_is_one_line_where_nobody_folds_it(capsys):
+    long = LADDER[0] | {"outcome": "unsupported", "reasons": [f"needs what is not there, reason {i}" for i in range(9)]}
+    card.show(card.table([*LADDER[1:], long]))
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[:4] == ["#", "stack", "workload", "model.seed"]
+    assert [line.split()[0] for line in lines] == ["0", "1", "2"]
+    assert lines[2].endswith("reason 8")
+    assert lines[0] == lines[0].rstrip()
+
+
+# ---- the closing line
+
+
+def explained(*ways: str) -> dict:
+    return {"outcome": outcomes.EXPLAINED, outcomes.EXPLAINED: {"settled": list(ways)}}
+
+
+def test_explained_points_are_settled_with_the_settings_that_they_were_measured_with():
+    assert outcomes.closing("x", [explained(), explained()], True) == "study x: 0 of 2 points settled"
+    points = [explained("measure=quick"), explained("measure=quick", "measure=default"), explained("measure=quick")]
+    assert outcomes.closing("x", points, True).splitlines() == [
+        "study x: 3 of 3 points settled with measure=quick, complete",
+        "study x: 1 of 3 points settled with measure=default; a run with it measures only #0, #2",
+    ]
+
+
+def test_an_interrupted_sweep_says_what_it_leaves(monkeypatch):
+    ended = [{"outcome": "ok"}, {"outcome": "unsupported"}, {"outcome": "error"}]
+    monkeypatch.setattr(outcomes, "FINISHED", ended)
+    assert outcomes.kept() == "; 2 finished before: the same command again measures only the others"
+    monkeypatch.setattr(outcomes, "FINISHED", ended[2:])
+    assert outcomes.kept() == ""

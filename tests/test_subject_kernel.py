@@ -61,8 +61,8 @@ def test_unknown_kernel_is_told_with_the_known_ones():
 @pytest.mark.parametrize(
     ("words", "cause"),
     [
-        ("attention=sdpa", "attention=Sdpa has no effect with subject=kernel; leave attention as it is"),
-        ("graphs=manual", "graphs=Manual has no effect with subject=kernel"),
+        ("attention=sdpa", "attention=sdpa has no effect with subject=kernel; leave attention as it is"),
+        ("graphs=manual", "graphs=manual has no effect with subject=kernel"),
         ("subject.replay_us=-1", "subject.replay_us is -1.0; it must be above 0"),
     ],
 )

@@ -92,8 +92,8 @@ def test_names_are_those_of_metrics_and_tell_products_apart():
 @pytest.mark.parametrize(
     ("words", "cause"),
     [
-        ("attention=sdpa", "attention=Sdpa has no effect with subject=products"),
-        ("compile_mode=default", "compile_mode=Default has no effect with subject=products"),
+        ("attention=sdpa", "attention=sdpa has no effect with subject=products"),
+        ("compile_mode=default", "compile_mode=default has no effect with subject=products"),
         ("fusion.norms=true", "fusion.norms changes no matrix product"),
         ("gemm=triton gemm.residual=true", "gemm: activation and residual do more than multiply"),
         ("subject.replay_us=0", "subject.replay_us is 0.0; it must be above 0"),

@@ -81,7 +81,7 @@ def test_gemm_efficiency_and_going_on_with_it(tmp_path):
     [
         (["subject=layers", "subject.depth=0"], "subject.depth is 0; it must be 1 or more"),
         (["subject=kernel", "subject.op=rmsnorm"], "subject.op is 'rmsnorm'; choose one of "),
-        (["subject=products", "attention=sdpa"], "attention=Sdpa has no effect with subject=products"),
+        (["subject=products", "attention=sdpa"], "attention=sdpa has no effect with subject=products"),
         (["subject=scalars"], "scalars"),
     ],
 )

@@ -27,8 +27,7 @@ def chapters(
     known = {*compose.files()["study"], *(path.parent.name for path in results.glob(f"*/{ABOUT}"))}
     measured = read(names or None)
     if unknown := [name for name in names if name not in known and name not in measured]:
-        there = ", ".join(sorted(known | read(None).keys()))
-        raise UserError(f"{unknown[0]}: no such study; there are {there}")
+        raise UserError(f"{unknown[0]}: no such study, and none of the store; there are {', '.join(sorted(known))}")
     order = list(dict.fromkeys(figure.study for figure in figures))
     every = sorted(
         {*known, *measured, *order} - {ADHOC},

@@ -53,7 +53,7 @@ class KernelSubject:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Self:
-        if reasons := foreign(config.stack(plain), (), "kernel"):
+        if reasons := foreign(config.stack(plain), (), "kernel", plain["names"]):
             raise UserError(reasons[0])
         return cls(config.subject_settings(plain, KernelConfig))
 

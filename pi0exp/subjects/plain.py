@@ -1,5 +1,7 @@
 """Which options of a stack do nothing for a subject: they are refused instead of being recorded without effect."""
 
+from collections.abc import Mapping
+
 from pi0exp.attention.eager import Eager
 from pi0exp.compile_mode.none import NoCompile
 from pi0exp.config import Stack
@@ -22,10 +24,10 @@ PLAIN: dict[str, Option] = {
 """Group -> the option that leaves everything as it is."""
 
 
-def foreign(stack: Stack, taken: tuple[str, ...], subject: str) -> list[str]:
-    """One sentence for each group that is not `taken` by the subject and yet not plain."""
+def foreign(stack: Stack, taken: tuple[str, ...], subject: str, names: Mapping[str, str]) -> list[str]:
+    """One sentence for each group that is not `taken` by the subject and yet not plain. names: the options' words."""
     return [
-        f"{group}={type(option).__name__} has no effect with subject={subject}; leave {group} as it is"
+        f"{group}={names[group]} has no effect with subject={subject}; leave {group} as it is"
         for group, option in stack.options()
         if group not in taken and option != PLAIN[group]
     ]

@@ -7,7 +7,7 @@ there are so many of them that they do not fit the cache three times over.
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -60,14 +60,14 @@ class ProductsSubject:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Self:
         made = cls(PolicySubject.from_plain(plain), subject_settings(plain, ProductsConfig))
-        if reasons := made.excluded():
+        if reasons := made.excluded(plain["names"]):
             raise UserError(reasons[0])
         return made
 
-    def excluded(self) -> list[str]:
-        """Options that would change nothing here."""
+    def excluded(self, names: Mapping[str, str]) -> list[str]:
+        """Options that would change nothing here; names: their words."""
         stack = self.whole.stack
-        reasons = foreign(stack, ("image_masking", "fusion", "precision", "gemm", "graphs"), "products")
+        reasons = foreign(stack, ("image_masking", "fusion", "precision", "gemm", "graphs"), "products", names)
         assert isinstance(stack.fusion, Fusion)
         reasons += [
             f"fusion.{name} changes no matrix product; leave it out with subject=products"
