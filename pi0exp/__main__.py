@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from pi0exp import collection, compose, interrupts, machine, outcomes
+from pi0exp import advice, collection, compose, interrupts, machine, outcomes
 from pi0exp.errors import UserError
 from pi0exp.result import CONFIG_ERROR, Outcome
 
@@ -53,7 +53,7 @@ def point(plain: dict[str, Any]) -> dict[str, Any]:
 
 def refused(error: Exception) -> int:
     """Tell on one line what a user can mend; the exit code."""
-    text = str(error) if isinstance(error, UserError) else compose.one_line(error)
+    text = str(error) if isinstance(error, UserError) else advice.on(error, sys.argv[1:])
     print(f"pi0exp: {' '.join(text.split())}", file=sys.stderr)
     return CONFIG_ERROR
 

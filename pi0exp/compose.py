@@ -213,7 +213,12 @@ def differences(node: dict[str, Any], file: dict[str, Any], prefix: str) -> dict
 def from_words(words: Sequence[str]) -> dict[str, Any]:
     """What these words of the command line compose to, for whoever has no command line. Raises UserError."""
     with session():
-        composed = compose("config", overrides=list(words), return_hydra_config=True)
+        try:
+            composed = compose("config", overrides=list(words), return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            from pi0exp import advice  # it composes
+
+            raise UserError(advice.on(error, words)) from error
         ours = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
         return plain(ours, choices(composed.hydra))
 
