@@ -257,5 +257,5 @@ class Policy:
         self._attachments.append(attachments)
 
     def count_with(self, counters: Counters) -> None:
-        """Report these counters in the result."""
+        """Report these counters in the result, of a wrong one too: their names are none of pi0exp.result.TIMED."""
         self._counters.append(counters)

@@ -19,6 +19,7 @@ from pi0exp.gemm.aiter_gemm import SHIPPED, AiterGemm, matmul_by, shuffle
 from pi0exp.model.layers import Linear
 from pi0exp.model.precision import BF16
 from pi0exp.policy import Policy
+from pi0exp.result import Outcome, Result
 
 BUILD = {"rocm": "7.2.0", "hipblaslt": "1100-abc"}
 
@@ -59,8 +60,10 @@ def test_policy_computes_the_same_actions(fake: FakeAiter, model: str):
     assert fake.flagged == []
     shapes = {(c["A"].numel() // c["A"].shape[-1], *c["B"].shape, c["bias"] is not None) for c in calls}
     counters = instance.counters()
-    assert sum(value for name, value in counters.items() if "untuned" in name) >= len(shapes)
-    assert sum(value for name, value in counters.items() if "_tuned" in name) == 0
+    assert sum(value for name, value in counters.items() if "/untuned" in name) >= len(shapes)
+    assert sum(value for name, value in counters.items() if "/tuned" in name) == 0
+    late = Result(Outcome.WRONG_NUMERICS, ["after it was timed: others"], metrics=counters)
+    assert late.metrics == counters, "they are no times"
 
 
 def test_rows_are_used_and_named(fake: FakeAiter, tmp_path: Path):
@@ -71,8 +74,8 @@ def test_rows_are_used_and_named(fake: FakeAiter, tmp_path: Path):
     observation = tiny_observation()
     policy.sample_actions(observation, noise_for(policy, observation))
     assert "denoise: 96 x 32: triton for M 11" in policy.applied["gemm"]
-    assert policy.counters()["gemm/aiter_tuned_shapes_denoise"] == 1
-    assert policy.counters()["gemm/aiter_untuned_shapes_denoise"] > 1
+    assert policy.counters()["aiter/tuned_shapes_denoise"] == 1
+    assert policy.counters()["aiter/untuned_shapes_denoise"] > 1
     assert policy.attachments() == {"tuned.csv": path.read_text()}
 
 

@@ -1,9 +1,12 @@
 """What a result may say: numbers only where the outcome allows them."""
 
+import ast
 import json
+from pathlib import Path
 
 import pytest
 
+import pi0exp
 from pi0exp.result import CONFIG_ERROR, TIMED, Outcome, Result, record
 
 TIMES = {"latency_ms/p50": 20.0, "latency_host_ms/p50": 21.0, "throughput_hz": 50.0, "roofline/share": 0.3}
@@ -69,6 +72,21 @@ def test_failure_keeps_what_was_not_timed(outcome: Outcome):
 def test_every_time_is_known_as_one():
     assert all(name.startswith(TIMED) for name in TIMES)
     assert not "roofline/floor_ms".startswith(TIMED)
+
+
+def test_counters_of_every_option_are_no_times():
+    """What is found wrong after it was timed carries them. Read from the source: most options that count need a GPU."""
+    names, files = set(), sorted(Path(pi0exp.__file__).parent.rglob("*.py"))
+    for node in (node for file in files for node in ast.walk(ast.parse(file.read_text()))):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "count_with":
+            assert ast.unparse(node.args[0]).endswith(".counters"), "by this name they are found here"
+        if isinstance(node, ast.FunctionDef) and node.name == "counters":
+            # Of a name that is put together the first part.
+            texts = (one.value for one in ast.walk(node) if isinstance(one, ast.Constant))
+            names |= {text for text in texts if isinstance(text, str) and text != ast.get_docstring(node)}
+    names = {name for name in names if "/" in name}
+    assert {name.split("/")[0] for name in names} >= {"aiter", "compile", "graphs", "tunable"}
+    assert [name for name in sorted(names) if name.startswith(TIMED)] == []
 
 
 def test_unknown_outcome():

@@ -193,8 +193,8 @@ class Choices:
     def counters(self) -> dict[str, float]:
         tuned = sum(self.tuned.values())
         return {
-            f"gemm/aiter_tuned_shapes_{self.stage}": float(tuned),
-            f"gemm/aiter_untuned_shapes_{self.stage}": float(len(self.tuned) - tuned),
+            f"aiter/tuned_shapes_{self.stage}": float(tuned),
+            f"aiter/untuned_shapes_{self.stage}": float(len(self.tuned) - tuned),
         }
 
 
