@@ -49,6 +49,23 @@ def fingerprint(machine: Machine, gpu_uuid: str | None = None) -> dict[str, Any]
     return {**machine.identity(), **which, "cpu": machine.cpu, "cores": machine.cores, **code}
 
 
+def unusable(machine: Machine) -> str:
+    """Why torch cannot open the machine's GPU, in its own words; "" where it can.
+
+    They tell a driver too old for this build of torch from a GPU that does not start at the moment.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return ""
+    text = f"there is a {machine.gpu}, but torch {torch.__version__} cannot use it (driver {machine.driver})"
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:  # the first from a build without CUDA
+        return f"{text}: {' '.join(str(error).split())}"
+    return text
+
+
 def measure(plain: dict[str, Any], folder: Path | None = None) -> Result:
     """Build, verify, time, profile. Nothing is timed that was not verified, and each pass has the device for itself.
 
@@ -72,9 +89,9 @@ def measure(plain: dict[str, Any], folder: Path | None = None) -> Result:
     prints, numerics = fingerprint(machine), thing.numerics.name
     if reasons := reasons + thing.unmet(machine):
         return Result(Outcome.UNSUPPORTED, reasons, numerics=numerics, fingerprint=prints)
-    if machine.has_gpu and not torch.cuda.is_available():
-        reason = f"there is a {machine.gpu}, but torch {torch.__version__} cannot use it (driver {machine.driver})"
-        return Result(Outcome.UNSUPPORTED, [reason], numerics=numerics, fingerprint=prints)
+    if machine.has_gpu and (reason := unusable(machine)):
+        # Not `unsupported`, which is settled: what keeps a GPU from being opened is mostly repaired.
+        return Result(Outcome.ERROR, [reason], numerics=numerics, fingerprint=prints)
     prints |= {"cuda": torch.version.cuda or "", "hip": torch.version.hip or ""}
     device = torch.device("cuda", 0) if machine.has_gpu else torch.device("cpu")
     metrics: dict[str, float] = {}

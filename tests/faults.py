@@ -116,6 +116,8 @@ _FOOT = """
   ends, by SIGKILL too. Its output goes through a pipe: the last 200 lines are kept with the run, nothing on a disk.
 * **Memory**: `torch.OutOfMemoryError`, and the words of CUDA, HIP, cuBLAS and the host's allocator for the same, are
   `oom`; a process that Linux killed for want of memory is too, told by `oom_kill` of `/proc/vmstat`.
+* **A GPU that is listed but cannot be opened** (CUDA does not start, the driver is too old for this torch) is `error`,
+  with torch's own words: it is measured again once that is repaired. `unsupported` would be settled.
 * **The store**: a result is written to `.spool/` in the folder of the store before it is logged, and removed
   afterwards; for a server that folder is in the local `mlruns/`. 1 MiB of the disk is kept free for it while a point
   is measured. Where even that disk takes nothing, it goes to `pi0exp-spool-UID/` among the temporary files. One line

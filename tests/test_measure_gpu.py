@@ -69,6 +69,28 @@ def sample(call: Any, index: int) -> float:
     return 4.0
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized",
+        "The NVIDIA driver on your system is too old (found version 11040).\nUpdate your GPU driver",
+    ],
+)
+def test_gpu_that_cannot_be_opened_is_measured_again(monkeypatch: pytest.MonkeyPatch, words: str):
+    def refuse() -> None:
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(measure, "target_machine", lambda wanted: (H200, []))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    made = measure.guarded(PLAIN)
+    assert made.outcome is Outcome.ERROR
+    assert not made.outcome.settled
+    there = f"there is a NVIDIA H200, but torch {torch.__version__} cannot use it (driver 580.1): "
+    assert made.reasons == [there + words.replace("\n", " ")]
+    assert (made.numerics, made.fingerprint["gpu"]) == ("REORDERED", "NVIDIA H200")
+
+
 def reaching(patch: pytest.MonkeyPatch, asked: list[bool], first: float, later: float) -> None:
     """Ceilings of so many FLOP/s: kept ones, and those that are measured when nothing may be reused."""
 
