@@ -13,6 +13,7 @@ On Linux processes that left the command's session are found too; elsewhere the 
 import ctypes
 import os
 import resource
+import select
 import shutil
 import signal
 import subprocess
@@ -48,12 +49,13 @@ def main(words: list[str]) -> int:
             pass
         _ask(child)
         end_descendants()
-        shutil.rmtree(folder, ignore_errors=True)
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    threading.Thread(target=watch, daemon=True).start()
     code = child.wait()
     end_descendants()
+    # Not by the watcher: it would still wait for the child when this thread ends the process.
+    if _ended(sys.stdin.fileno()):
+        shutil.rmtree(folder, ignore_errors=True)
     if code < 0:
         # Without a second core file, and whatever this process inherited as ignored.
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -61,6 +63,11 @@ def main(words: list[str]) -> int:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     return code
+
+
+def _ended(pipe: int) -> bool:
+    """Whether nobody holds the other end any more. Nothing is ever written there: what can be read is its end."""
+    return bool(select.select([pipe], [], [], 0)[0])
 
 
 def _ask(child: subprocess.Popen[bytes]) -> None:
