@@ -139,6 +139,7 @@ def load(paths: list[Path], uri: str | None = None, root: Path | None = None) ->
         if json.dumps(records[other], sort_keys=True) != json.dumps(one, sort_keys=True):
             raise UserError(f"{path}: another result under the key of {other}; load one of them")
     store = Store.open(uri, root)
+    recover(store, *sorted({one["study"] for one in records.values()}))
     for path, one in records.items():
         with _named(path):
             store.find(one)
@@ -149,6 +150,22 @@ def load(paths: list[Path], uri: str | None = None, root: Path | None = None) ->
         new += created
         print(f"{'loaded' if created else 'already there'}: {path} ({one['study']}, {one['outcome']})", flush=True)
     print(f"{len(records)} file{'s' * (len(records) != 1)}: {new} loaded, {len(records) - new} already there")
+
+
+def recover(store: Store, *studies: str) -> None:
+    """Take up what commands that were killed left in a store: results that wait for it, then runs without a result.
+
+    In this order: a run whose result waits is not torn. Raises UserError.
+    """
+    store.spool.bring_in(lambda run_id, path: _bring_in(store, run_id, path))
+    for study in studies:
+        store.mark_torn(study)
+
+
+def _bring_in(store: Store, run_id: str, path: Path) -> None:
+    """Log the result that waits in a file of the spool. Raises UserError."""
+    store.complete(run_id, read_record(path))
+    print(f"pi0exp: {path} was brought into the store", file=sys.stderr, flush=True)
 
 
 @contextmanager

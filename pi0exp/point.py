@@ -14,7 +14,7 @@ from pi0exp.errors import UserError
 from pi0exp.exhibits import machine_tags
 from pi0exp.isolate import measure_isolated
 from pi0exp.key import file_digest, point_key
-from pi0exp.load import read_record, try_folder, write_record
+from pi0exp.load import recover, try_folder, write_record
 from pi0exp.machine import Machine, tracking_uri
 from pi0exp.measure import fingerprint, target_machine
 from pi0exp.result import Outcome, Result, record
@@ -42,8 +42,7 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
     if results is not None:
         try_folder(results)
     with interrupts.held():
-        store.spool.bring_in(lambda run_id, path: bring_in(store, run_id, path))
-        store.mark_torn(run.name)
+        recover(store, run.name)
     experiment = experiment_of(plain)
     key, params = point_key(experiment, machine.identity()), run_params(plain, thing)
     name = title(params)
@@ -110,12 +109,6 @@ def stored(store: Store, run_id: str, made: dict[str, Any]) -> None:
         tell(f"{error}; the result is kept in {path}, the next start brings it into the store")
     else:
         path.unlink(missing_ok=True)
-
-
-def bring_in(store: Store, run_id: str, path: Path) -> None:
-    """Log the result that waits in a file of the spool. Raises UserError."""
-    store.complete(run_id, read_record(path))
-    tell(f"{path} was brought into the store")
 
 
 def tell(text: str) -> None:

@@ -61,7 +61,7 @@ class _Gathering(Launcher):
             outcomes.gather(self._inner.launch(job_overrides, initial_job_idx))
             return []
         # Not above: `--help` is to answer at once.
-        from pi0exp import config, launchers
+        from pi0exp import config, launchers, load
 
         cfg = self._cfg
         store, run = None, config.run({"name": cfg.name, "track": OmegaConf.to_container(cfg.track, resolve=True)})
@@ -73,7 +73,7 @@ class _Gathering(Launcher):
         returns = launchers.launch(self._inner, job_overrides, initial_job_idx)
         outcomes.gather(returns)
         if store is not None and any(one.status is JobStatus.FAILED for one in returns):
-            store.mark_torn(run.name)  # the run of a point whose process was killed, as far as it ran on this host
+            load.recover(store, run.name)  # the point of a process that was killed, as far as it ran on this host
         return []
 
 

@@ -152,8 +152,8 @@ class Store:
     def finish(self, run_id: str, record: Record) -> None:
         """Log what a point left behind and close its run. Doing it again, after a part of it, makes it whole.
 
-        The outcome is written after the record: a run that says it is settled has its record. Raises UserError where
-        the store was lost meanwhile.
+        The outcome is written after the record: a run that says it is settled has its record. With it goes, in one
+        transaction, what `mark_torn` wrote, which holds no longer. Raises UserError where the store was lost meanwhile.
         """
         from mlflow.entities import Metric, RunTag
 
@@ -182,7 +182,10 @@ class Store:
             labels = _chunks([RunTag(name, value) for name, value in _cut(tags).items()], 100)
             for some, chosen in zip_longest(_chunks(finite + samples, 900), labels, fillvalue=()):
                 self._client.log_batch(run_id, metrics=some, tags=chosen)
-            self._client.set_tag(run_id, "outcome", outcome.value)
+            ended = {"outcome": outcome.value}
+            if self._client.get_run(run_id).data.tags.get("torn"):
+                ended |= {"torn": "", "reasons": tags["reasons"]}
+            self._client.log_batch(run_id, tags=[RunTag(name, value) for name, value in _cut(ended).items()])
             self._client.set_terminated(run_id, _status(outcome))
             self._there()
 
@@ -190,7 +193,8 @@ class Store:
         """Close the runs of a study whose process is gone, as `interrupted`; returns how many there were.
 
         Runs of processes that still run stay as they are, and those of processes that cannot be seen from here: of
-        other hosts and other containers. A torn import goes: its file is still there.
+        other hosts and other containers. A torn import goes: its file is still there. `pi0exp.load.recover` first
+        brings in the results that wait; one that comes later makes its run whole again.
         """
         torn = 0
         for run in list(self._search(study, "attributes.status = 'RUNNING'")):
@@ -255,7 +259,6 @@ class Store:
 
     def import_record(self, record: Record) -> tuple[str, bool]:
         """Bring in a point measured elsewhere. (run id, whether it is new): a record is brought in only once."""
-        self.mark_torn(record["study"])
         if run_id := self.find(record):
             return run_id, False
         name, tags = title(record["params"]), {"imported": "true"}
@@ -315,7 +318,7 @@ class Store:
         from mlflow.artifacts import download_artifacts, list_artifacts
 
         run_id, tags = run.info.run_id, run.data.tags
-        if tags.get("outcome") == RUNNING or tags.get("torn"):
+        if tags.get("outcome") == RUNNING or (tags.get("torn") and tags.get("outcome") == Outcome.INTERRUPTED):
             return None  # what there is may be half of it
         with told(self._name), tempfile.TemporaryDirectory() as folder:
             # By the address that the run has: asked for by its run, a file costs a server twice as many queries.

@@ -122,9 +122,10 @@ _FOOT = """
   afterwards; for a server that folder is in the local `mlruns/`. 1 MiB of the disk is kept free for it while a point
   is measured. Where even that disk takes nothing, it goes to `pi0exp-spool-UID/` among the temporary files. One line
   says where a result waits.
-* **Runs of a command that was killed** are marked `interrupted` when the study is next started. The run carries host,
-  start of the host, process id and start of the process (tag `owner`); runs of a process that still runs are left
-  alone, and so are those of other hosts and other containers, where this cannot be known.
+* **Runs of a command that was killed** are marked `interrupted` when the study is next started or loaded, once the
+  results that wait are in; one that comes later still makes its run whole. The run carries host, start of the host,
+  process id and start of the process (tag `owner`); runs of a process that still runs are left alone, and so are those
+  of other hosts and other containers, where this cannot be known.
 * **A sweep** ends with a line that says whether the study is complete, or which points are missing. The same command
   measures only those; `measure=explain` asks without measuring. `resume=false` measures all of them anew.
 
