@@ -124,8 +124,9 @@ _FOOT = """
   says where a result waits.
 * **Runs of a command that was killed** are marked `interrupted` when the study is next started or loaded, once the
   results that wait are in; one that comes later still makes its run whole. The run carries host, start of the host,
-  process id and start of the process (tag `owner`); runs of a process that still runs are left alone, and so are those
-  of other hosts and other containers, where this cannot be known.
+  process id, start of the process and a digest of `/etc/machine-id` (tag `owner`); runs of a process that still runs
+  are left alone, and so are those of other hosts and other containers, where this cannot be known. A host that was
+  started anew is told from another one of its name by that digest; without one its runs stay as they are.
 * **A sweep** ends with a line that says whether the study is complete, or which points are missing. The same command
   measures only those; `measure=explain` asks without measuring. `resume=false` measures all of them anew.
 
