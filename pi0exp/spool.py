@@ -42,8 +42,7 @@ class Spool:
     @property
     def waiting(self) -> list[Path]:
         """Files whose process is gone, or is this one, which is not logging them now."""
-        found = (path for folder in self._folders for path in sorted(folder.glob("*.json")))
-        return [path for path in found if _abandoned(path, *path.name.removesuffix(".json").split("+", 1)[1:])]
+        return [path for folder in self._folders for path in _waiting(folder)]
 
     @contextmanager
     def room(self) -> Iterator[None]:
@@ -89,21 +88,21 @@ class Spool:
     def bring_in(self, take: Callable[[str, Path], None]) -> None:
         """Call `take(run id, file)` for each waiting result, then remove the file. What it refuses is told, and stays.
 
-        One process at a time: two that begin together would each log them.
+        One process at a time in a folder: two that begin together would each log them. A folder without any is not
+        locked: it may have become unusable. Raises UserError where results wait in one that cannot be written, from
+        which they could not be removed.
         """
-        if not self.waiting:
-            return
-        with _alone(self._folders[0]):
-            for path in self.waiting:
-                try:
-                    take(path.name.split("+", 1)[0], path)
-                except UserError as error:
-                    if path not in _TOLD:
-                        _TOLD.add(path)
-                        print(f"pi0exp: {path} cannot be brought into the store: {error}", file=sys.stderr)
-                else:
-                    path.unlink(missing_ok=True)
-            self._clear(self._folders[0])
+        for folder in self._folders:
+            try:
+                if _waiting(folder):
+                    with _alone(folder):
+                        _take_all(folder, take)
+            except OSError as error:
+                raise UserError(
+                    f"{folder}: {error.strerror or error}; results that wait there cannot be brought into the store"
+                ) from error
+            with suppress(OSError):  # of a folder that is unusable and holds no result
+                self._clear(folder)
 
     def _clear(self, folder: Path) -> None:
         """Remove what processes that are gone had reserved or begun to write."""
@@ -123,6 +122,23 @@ def _written(target: Path, content: bytes, final: Path) -> Path:
     return final
 
 
+def _waiting(folder: Path) -> list[Path]:
+    found = sorted(folder.glob("*.json"))
+    return [path for path in found if _abandoned(path, *path.name.removesuffix(".json").split("+", 1)[1:])]
+
+
+def _take_all(folder: Path, take: Callable[[str, Path], None]) -> None:
+    for path in _waiting(folder):
+        try:
+            take(path.name.split("+", 1)[0], path)
+        except UserError as error:
+            if path not in _TOLD:
+                _TOLD.add(path)
+                print(f"pi0exp: {path} cannot be brought into the store: {error}", file=sys.stderr)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def _abandoned(path: Path, owner: str = "") -> bool:
     """Whether the process that wrote the file does not need it."""
     found = Owner.parse(owner)
@@ -139,7 +155,6 @@ def _abandoned(path: Path, owner: str = "") -> bool:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

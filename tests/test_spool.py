@@ -1,4 +1,4 @@
-"""A result that waits is brought in whatever happened to its run meanwhile, and can be read then."""
+"""A result that waits is brought in whatever happened to its run and to the folders meanwhile, and can be read then."""
 
 import json
 from dataclasses import replace
@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 
 from pi0exp import load
+from pi0exp.errors import UserError
 from pi0exp.load import recover, write_record
 from pi0exp.owner import Owner, this_process
 from pi0exp.result import Outcome, Result, record
+from pi0exp.spool import Spool
 from pi0exp.track import Store, Stored
 
 KEY = "0123456789abcdef"
@@ -140,3 +142,46 @@ def test_load_brings_in_what_waits(store, root, study, tmp_path, capsys):
     assert store.spool.waiting == []
     assert len(store.runs(study)) == 2
     assert store._client.get_run(torn).info.lifecycle_stage == "deleted", "a load that was killed"
+
+
+# ---- folders that became unusable
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Beside the store, and to fall back to, where a result waits."""
+    beside, fallback = tmp_path / "mlruns" / ".spool", tmp_path / "tmp"
+    fallback.mkdir()
+    (fallback / f"run+{DEAD}.json").write_text("{}")
+    return beside, fallback
+
+
+@pytest.mark.parametrize("there", ["a file", "nothing below a file"])
+def test_result_is_brought_in_though_the_folder_beside_the_store_is_unusable(folders, there):
+    beside, fallback = folders
+    place = beside if there == "a file" else beside.parent
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("in the way")
+    taken = []
+    Spool(*folders).bring_in(lambda run_id, path: taken.append(run_id))
+    assert taken == ["run"]
+    assert list(fallback.glob("*.json")) == []
+    Spool(*folders).bring_in(lambda run_id, path: pytest.fail("nothing waits"))
+
+
+def test_room_that_a_killed_command_kept_is_given_back(folders):
+    """Beside the store, though the result went to the other folder: that disk was read-only then."""
+    beside, _ = folders
+    beside.mkdir(parents=True)
+    (beside / f".{DEAD}.room").write_text("room")
+    Spool(*folders).bring_in(lambda run_id, path: None)
+    assert list(beside.iterdir()) == []
+
+
+def test_folder_with_results_that_cannot_be_written_is_told_in_one_line(folders):
+    (folders[1] / ".lock").mkdir()
+    with pytest.raises(UserError) as caught:
+        Spool(*folders).bring_in(lambda run_id, path: pytest.fail("nobody else may be kept from it"))
+    told = f"{folders[1]}: Is a directory; results that wait there cannot be brought into the store"
+    assert str(caught.value) == told
+    assert len(Spool(*folders).waiting) == 1
