@@ -98,7 +98,7 @@ def lacking(name: str, results: Path, words: list[str]) -> tuple[list[str], list
     None for a study whose points nobody planned, as a search.
     """
     # They take three seconds to import, which a campaign without --missing would pay for nothing.
-    from pi0exp.load import gpu_slug
+    from pi0exp.load import gpu_slug, readable
     from pi0exp.machine import this_machine
     from pi0exp.outcomes import settled
     from pi0exp.report import sources
@@ -110,7 +110,9 @@ def lacking(name: str, results: Path, words: list[str]) -> tuple[list[str], list
         return None
     pairs = [(word.partition("=")[0], word.partition("=")[2]) for word in words]
     asked = [(key, value) for key, value in pairs if key.partition(".")[0] not in ("measure", "track", "resume")]
-    found = sources.committed([name], results).get(name, {}).get(gpu_slug(this_machine().gpu), [])
+    folder = results / name
+    files = readable([folder]) if folder.is_dir() else ()
+    found = sources.sorted_out(record for _, record in files).get(name, {}).get(gpu_slug(this_machine().gpu), [])
     said = {key for line in study.planned for key in line}
     free = {"model", "workload"} - said - {key for key, _ in asked}  # then those of the study itself are meant
     kept = [
@@ -136,7 +138,9 @@ def bring_in(folder: Path, root: Path | None) -> None:
     if not folder.is_dir():
         return
     own = [] if root is None else ["--root", str(root)]
-    subprocess.run([sys.executable, "-m", "pi0exp.load", str(folder), *own], cwd=ROOT, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "pi0exp.load", "--each", str(folder), *own]
+    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+        print(f"campaign: {folder}: not in the store; what it lacks is measured again", file=sys.stderr, flush=True)
 
 
 def run(study: str, words: list[str], seconds: float) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,6 +169,42 @@ def _bring_in(store: Store, run_id: str, path: Path) -> None:
     print(f"pi0exp: {path} was brought into the store", file=sys.stderr, flush=True)
 
 
+def load_each(paths: list[Path], uri: str | None = None, root: Path | None = None) -> None:
+    """The same file by file: what does not go in is told on stderr and left out, and keeps no other one from going in.
+
+    A point that the store has settled is already there, whatever its file says.
+    """
+    store = Store.open(uri, root)
+    counts = Counter[str]()
+    found = list(readable(paths))
+    recover(store, *sorted({one["study"] for _, one in found}))
+    for path, one in found:
+        if store.settled(one["study"], one["key"]) is not None:
+            counts["already there"] += 1
+            continue
+        try:
+            with _named(path):
+                _, created = store.import_record(one)
+        except UserError as error:
+            _leave_out(error)
+            continue
+        counts["loaded" if created else "already there"] += 1
+    print(f"{counts.total()} files: {counts['loaded']} loaded, {counts['already there']} already there")
+
+
+def readable(paths: list[Path]) -> Iterator[tuple[Path, Record]]:
+    """The results in these files and folders; a file that holds none is told on stderr and left out."""
+    for file in (file for path in paths for file in (files_in(path) if path.is_dir() else [path])):
+        try:
+            yield file, read_record(file)
+        except UserError as error:
+            _leave_out(error)
+
+
+def _leave_out(error: UserError) -> None:
+    print(f"left out: {error}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
     try:
@@ -182,10 +219,13 @@ def result_files(paths: list[Path]) -> Iterator[Path]:
         if not path.is_dir():
             yield path
             continue
-        inside = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES))
-        if not inside:
+        if not (inside := files_in(path)):
             raise UserError(f"{path}: no result file ({', '.join(SUFFIXES)}) in this folder")
         yield from inside
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.name.endswith(SUFFIXES))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -197,11 +237,14 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="result file, or folder searched for them")
+    parser.add_argument(
+        "--each", action="store_true", help="file by file: leave out what is no result, and what the store has settled"
+    )
     parser.add_argument("--uri", help="MLflow tracking URI; default: the SQLite store in the root")
     parser.add_argument("--root", type=Path, help="folder of the store; default: mlruns of the repository")
     given = parser.parse_args(arguments)
     try:
-        load(given.files, given.uri, given.root)
+        (load_each if given.each else load)(given.files, given.uri, given.root)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return CONFIG_ERROR

@@ -243,14 +243,17 @@ class Store:
                 self._client.log_artifact(run_id, str(file), "files")
 
     def find(self, record: Record) -> str | None:
-        """The run that holds this very record. Another result under the same key is a UserError."""
+        """The run that holds this very record. Another result under the same key is a UserError; a failure is none to
+        one that is settled.
+        """
+        settled = Outcome(record["outcome"]).settled
         for run in self._search(record["study"], f"tags.key = '{record['key']}'"):
             stored = self._stored(run)
             if stored is None:
                 continue
             if _text(stored.record) == _text(record):
                 return stored.run_id
-            if Outcome(stored.record["outcome"]).settled or run.data.tags.get("imported"):
+            if Outcome(stored.record["outcome"]).settled or (run.data.tags.get("imported") and not settled):
                 raise UserError(
                     f"{record['study']}/{record['key']}: run {stored.run_id} in {self._name} has another result "
                     "under this key; delete that run in MLflow to load this one"

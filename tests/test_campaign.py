@@ -12,6 +12,7 @@ from pi0exp.experiments import campaign
 from pi0exp.load import write_record
 from pi0exp.machine import this_machine
 from pi0exp.result import Outcome
+from pi0exp.track import Store
 
 
 class Process:
@@ -54,6 +55,22 @@ def test_unknown_study_is_named(tmp_path, capsys):
     assert "none_such: no such study; there are ladder, " in capsys.readouterr().err
 
 
+def test_one_torn_file_keeps_no_other_one_out(tmp_path, capfd):
+    good = fakes.made("ladder", ("stack=0_eager",), 160.0)
+    write_record(good, tmp_path).with_name(f"{'0' * 16}.json").write_text("{")
+    campaign.bring_in(tmp_path / "ladder", tmp_path / "store")
+    assert Store.open(root=tmp_path / "store").settled("ladder", good["key"]).record == good
+    [told] = [line for line in capfd.readouterr().err.splitlines() if str(tmp_path / "ladder") in line]
+    assert told.startswith("left out: ")
+
+
+def test_files_that_do_not_come_in_are_told(tmp_path, capfd):
+    write_record(fakes.made("ladder", ("stack=0_eager",), 160.0), tmp_path)
+    (tmp_path / "store").write_text("in the place of the folder")
+    campaign.bring_in(tmp_path / "ladder", tmp_path / "store")
+    assert f"campaign: {tmp_path}/ladder: not in the store" in capfd.readouterr().err
+
+
 @pytest.fixture
 def on_h200(monkeypatch):
     monkeypatch.setattr(machine, "this_machine", lambda: replace(this_machine(), gpu=fakes.H200["gpu"]))
@@ -68,7 +85,7 @@ def test_missing_points_are_those_without_a_settled_file_of_this_gpu(tmp_path):
     other_gpu = fakes.made("ablation", (*base, "attention=eager"), 20.0, prints=fakes.H200 | {"gpu": "NVIDIA B200"})
     broken = fakes.failed("ablation", (*base, "fusion=projections"), Outcome.ERROR, "torn")
     for record in (there, other_model, other_gpu, broken):
-        write_record(record, tmp_path)
+        write_record(record, tmp_path).with_name(f"{'0' * 16}.json").write_text("{")  # nor does one that is torn
     lines, words = campaign.lacking("ablation", tmp_path, ["measure=quick"])
     assert words == ["measure=quick"]
     assert len(lines) == 21

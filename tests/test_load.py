@@ -104,6 +104,27 @@ def test_other_result_under_the_same_key(tmp_path, root, capsys):
     assert len(Store.open(None, root).runs("other")) == 1, "nothing is loaded before everything is checked"
 
 
+def test_each_file_goes_in_by_itself(tmp_path, root, capsys):
+    """Beside one that is torn, and one of a point that the store has settled otherwise."""
+    store = Store.open(None, root)
+    store.import_record(point(study="each", samples=5))
+    store.import_record(point("timeout", study="each", key="1" * 16))
+    for one in (point(study="each"), point(study="each", key="1" * 16), point("error", study="each", key="2" * 16)):
+        write_record(one, tmp_path)
+    torn = tmp_path / "each" / "nvidia-h200" / f"{'0' * 16}.json"
+    torn.write_text("{")
+    assert main([str(tmp_path), "--each", "--root", str(root)]) == 0
+    out, err = capsys.readouterr()
+    assert out == "3 files: 2 loaded, 1 already there\n"
+    assert err.startswith(f"left out: {torn}: ")
+    assert err.count("\n") == 1
+    assert store.settled("each", KEY).record == point(study="each", samples=5)
+    assert store.settled("each", "1" * 16).record == point(study="each", key="1" * 16)
+    write_record(point("oom", study="each", key="2" * 16), tmp_path)
+    assert main([str(tmp_path), "--each", "--root", str(root)]) == 0
+    assert "has another result" in capsys.readouterr().err
+
+
 def broken(**changed: object) -> str:
     return json.dumps({name: value for name, value in (point() | changed).items() if value is not ...})
 
