@@ -11,7 +11,7 @@ from typing import Any
 
 from pi0exp import compose
 from pi0exp.config import RunConfig
-from pi0exp.load import SUFFIXES, read_record
+from pi0exp.load import files_in, read_record
 from pi0exp.machine import Machine, tracking_uri
 from pi0exp.roofline import Ceilings
 from pi0exp.root import default_root
@@ -41,13 +41,16 @@ class Known:
 def known_records(run: RunConfig) -> list[Known]:
     """All records in the store that `run` names and in the result files, the latest first, each once.
 
-    Of the store the studies that can be known by name: the run's own, those of the repository and of its results.
+    Of the store the studies that can be known by name: the run's own, those of the repository and of its results. The
+    files are those of the repository and, as a run finds them settled, of its own `track.results`.
     Raises UserError for a store or a file that cannot be read.
     """
     root = None if run.track.root is None else Path(run.track.root)
     stored = _stored(run.track.uri or tracking_uri(), root, run.name)
     found: dict[tuple[str, str], Known] = {}
-    for known in (*stored, *_files()):
+    own = None if run.track.results is None else Path(run.track.results)
+    others = () if own is None or own.resolve() == RESULTS.resolve() else _files(own)
+    for known in (*stored, *_files(RESULTS), *others):
         found.setdefault((known.record["study"], known.record["key"]), known)
     return sorted(found.values(), key=lambda known: known.date, reverse=True)
 
@@ -74,13 +77,12 @@ def store_exists(uri: str | None, root: Path | None) -> bool:
 
 
 @cache
-def _files() -> tuple[Known, ...]:
-    paths = sorted(path for path in RESULTS.rglob("*") if path.name.endswith(SUFFIXES))
-    return tuple(Known(_short(path), read_record(path)) for path in paths)
+def _files(folder: Path) -> tuple[Known, ...]:
+    return tuple(Known(_short(path), read_record(path)) for path in files_in(folder))
 
 
 def _short(path: Path) -> str:
-    return path.relative_to(compose.PACKAGE).as_posix()
+    return (path.relative_to(compose.PACKAGE) if path.is_relative_to(compose.PACKAGE) else path).as_posix()
 
 
 def same_point(records: Iterable[Known], experiment: dict[str, Any]) -> Iterator[Known]:

@@ -55,6 +55,13 @@ def write_record(record: Record, directory: Path) -> Path:
     return path
 
 
+def settled_file(directory: Path, study: str, key: str) -> tuple[Path, Record] | None:
+    """The file of a point that need not be repeated, with its result. One that cannot be read is told, and is none."""
+    # In whichever folder: the key knows the machine.
+    files = [file for suffix in SUFFIXES for file in sorted((directory / study).glob(f"*/{key}{suffix}"))]
+    return next(((path, one) for path, one in readable(files) if Outcome(one["outcome"]).settled), None)
+
+
 def try_folder(directory: Path) -> None:
     """Raises UserError where `write_record` could not write; after a measurement would be too late."""
     try:

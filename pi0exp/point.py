@@ -14,12 +14,12 @@ from pi0exp.errors import UserError
 from pi0exp.exhibits import machine_tags
 from pi0exp.isolate import measure_isolated
 from pi0exp.key import file_digest, point_key
-from pi0exp.load import recover, try_folder, write_record
+from pi0exp.load import recover, settled_file, try_folder, write_record
 from pi0exp.machine import Machine, tracking_uri
 from pi0exp.measure import fingerprint, target_machine
 from pi0exp.result import Outcome, Result, record
 from pi0exp.title import title
-from pi0exp.track import Store
+from pi0exp.track import Store, Stored
 
 LABELS = ("subject", "stack", "study")
 """Names that stand for other choices, which are there themselves."""
@@ -46,9 +46,7 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
     experiment = experiment_of(plain)
     key, params = point_key(experiment, machine.identity()), run_params(plain, thing)
     name = title(params)
-    if run.resume and (settled := store.settled(run.name, key)) is not None:
-        if results is not None:
-            write_record(settled.record, results)
+    if run.resume and (settled := measured_before(store, results, run.name, key)) is not None:
         return shown(settled.record, settled.run_id, settled=True)
 
     with interrupts.held(), store.spool.room(), tempfile.TemporaryDirectory(prefix="pi0exp-") as scratch:
@@ -65,10 +63,7 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
             made = record(key, run.name, params, experiment, result)
             stored(store, run_id, made)
             if results is not None and result.outcome is not Outcome.INTERRUPTED:
-                try:
-                    write_record(made, results)
-                except UserError as error:  # the next run of this point finds it settled, and writes it
-                    tell(f"{error}; the result is in the store only")
+                filed(made, results, run_id)
             return made
 
         try:
@@ -89,6 +84,36 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
         except UserError as error:  # of a store that was lost; the result itself waits for the next start
             tell(f"{error}; the profiler's trace is not kept")
         return shown(made, run_id, settled=False)
+
+
+def measured_before(store: Store, results: Path | None, study: str, key: str) -> Stored | None:
+    """The result of a point that need not be measured again: the store's, which is written to `results`, or that of a
+    file there, which is brought into the store.
+    """
+    if (there := store.settled(study, key)) is not None:
+        if results is not None:
+            write_record(there.record, results)
+        return there
+    if results is None or (found := settled_file(results, study, key)) is None:
+        return None
+    path, made = found
+    with interrupts.held():
+        run_id, _ = store.import_record(made)
+    tell(f"{path} was brought into the store")
+    return Stored(run_id, made)
+
+
+def filed(made: dict[str, Any], results: Path, run_id: str) -> None:
+    """Write the result file of a point, but no failure over a result that is settled."""
+    failed = not Outcome(made["outcome"]).settled
+    if failed and (found := settled_file(results, made["study"], made["key"])) is not None:
+        path, kept = found
+        tell(f"{path} stays, which is {kept['outcome']}; this {made['outcome']} is in the store only, as run {run_id}")
+        return
+    try:
+        write_record(made, results)
+    except UserError as error:  # the next run of this point finds it settled, and writes it
+        tell(f"{error}; the result is in the store only")
 
 
 def stored(store: Store, run_id: str, made: dict[str, Any]) -> None:
