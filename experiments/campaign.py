@@ -7,12 +7,13 @@ Each study is a process of `python -m pi0exp`, so that one that fails does not s
 the studies that are already there are brought into the store: what is settled is not measured again. At the limit the
 running study is interrupted, which ends the point that it measures. Then a line a study says what is complete and what
 is missing; the same command goes on there. What each study took is kept in RESULTS/campaign.jsonl; the time that the
-rest needs is estimated from it.
+rest needs is estimated from it. Ctrl-C, SIGTERM and SIGHUP end the campaign as the limit does: the running study gets
+the signal, ends its point and frees the GPU.
 
 A point that was measured with other code is another one, and is measured again. With --missing it is not: only what no
 result file has from this kind of GPU is, so that a study can grow over days; its tables name every commit.
 
-exit codes: 0 all complete; 1 something is missing or failed; 2 what was asked for cannot be.
+exit codes: 0 all complete; 1 something is missing or failed; 2 what was asked for cannot be; 130 Ctrl-C, 143 SIGTERM.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pi0exp import compose
+from pi0exp import compose, interrupts
 from pi0exp.result import CONFIG_ERROR
 
 ORDER = (
@@ -39,8 +40,12 @@ ORDER = (
 )
 """By importance; studies that are not named here follow in the order of the alphabet."""
 CLOSING = re.compile(r"^study (\S+): (\d+) of (\d+) points settled(?:, complete|; missing: (.*?); )", re.MULTILINE)
+STUDY = (sys.executable, "-m", "pi0exp")
+"""The command that measures one."""
 GRACE_S = 20.0
 """For an interrupted study to end its point and write what it has."""
+LONGEST_S = 1e6
+"""Without a limit, eleven days: with a time to wait, what was read before an interruption is not lost."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,28 +72,41 @@ def main(arguments: list[str] | None = None) -> int:
     end = time.monotonic() + 60 * given.minutes - GRACE_S
     given.results = given.results.resolve()  # the studies run in the repository
     given.results.mkdir(parents=True, exist_ok=True)
-    log, rows = given.results / "campaign.jsonl", []
-    for study in named or known:
-        if time.monotonic() >= end:
-            rows.append({"study": study, "state": "not begun"})
-            continue
-        mine = [*words, *own, f"track.results={given.results}"]
-        if given.missing and (found := lacking(study, given.results, mine)):
-            lines, mine = found
-            if not lines:
-                rows.append({"study": study, "state": "complete"})
-                continue
-            mine += [sweep_of(lines), "hydra.sweeper.params=null"]
-        else:
-            bring_in(given.results / study, given.root)
-        row = run(study, mine, end - time.monotonic())
-        rows.append(row)
-        with log.open("a") as file:
-            file.write(json.dumps(row | {"words": words}) + "\n")
+    log, rows, stopped = given.results / "campaign.jsonl", [], ""
+    studies = named or known
+    try:
+        with interrupts.held():  # let in where something is waited for: what was measured has its row
+            for study in studies:
+                if stopped or time.monotonic() >= end:
+                    break
+                mine = [*words, *own, f"track.results={given.results}"]
+                if given.missing and (found := lacking(study, given.results, mine)):
+                    lines, mine = found
+                    if not lines:
+                        rows.append({"study": study, "state": "complete"})
+                        continue
+                    mine += [sweep_of(lines), "hydra.sweeper.params=null"]
+                else:
+                    bring_in(given.results / study, given.root)
+                row, stopped = run(study, mine, end - time.monotonic())
+                rows.append(row)
+                with log.open("a") as file:
+                    file.write(json.dumps(row | {"words": words}) + "\n")
+    except KeyboardInterrupt as error:
+        stopped = stopped or interrupts.cause(error)
+    rows += [{"study": study, "state": "not begun"} for study in studies[len(rows) :]]
     earlier = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     for row in rows:
         print(line_of(row, [one for one in earlier if one["study"] == row["study"] and one["words"] == words]))
+    if stopped:
+        print(f"campaign: interrupted by {stopped}", file=sys.stderr)
+        return 128 + number(stopped)
     return int(any(row["state"] != "complete" for row in rows))
+
+
+def number(name: str) -> int:
+    """Of a signal, by the name that `interrupts` gives it."""
+    return next(int(one) for one, its in interrupts.SIGNALS.items() if its == name)
 
 
 def lacking(name: str, results: Path, words: list[str]) -> tuple[list[str], list[str]] | None:
@@ -139,36 +157,57 @@ def bring_in(folder: Path, root: Path | None) -> None:
         return
     own = [] if root is None else ["--root", str(root)]
     command = [sys.executable, "-m", "pi0exp.load", "--each", str(folder), *own]
-    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
+    with interrupts.allowed():
+        code = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True).returncode
+    if code:
         print(f"campaign: {folder}: not in the store; what it lacks is measured again", file=sys.stderr, flush=True)
 
 
-def run(study: str, words: list[str], seconds: float) -> dict[str, Any]:
-    """One study, interrupted after so many seconds. state: complete, missing points, interrupted, or failed."""
-    began = time.monotonic()
-    command = [sys.executable, "-m", "pi0exp", f"study={study}", *words]
+def run(study: str, words: list[str], seconds: float) -> tuple[dict[str, Any], str]:
+    """One study, interrupted after so many seconds; and the name of the signal that interrupted the campaign, or "".
+
+    state: complete, missing points, interrupted, or failed.
+    """
+    with interrupts.allowed():  # a signal that came before: nothing is begun
+        began = time.monotonic()
     print(f"campaign: {study}", file=sys.stderr, flush=True)
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    interrupted = False
+    process = subprocess.Popen(
+        [*STUDY, f"study={study}", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches the campaign alone, which passes it on
+    )
+    limit, stopped = False, ""
     try:
-        out, _ = process.communicate(timeout=None if seconds == float("inf") else max(seconds, 1.0))
+        with interrupts.allowed():
+            out, _ = process.communicate(timeout=min(max(seconds, 1.0), LONGEST_S))
     except subprocess.TimeoutExpired:
-        interrupted = True
-        process.send_signal(signal.SIGINT)
-        try:
-            out, _ = process.communicate(timeout=GRACE_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            out, _ = process.communicate()
-    except KeyboardInterrupt:
-        process.communicate()
-        raise
+        limit = True
+        out = interrupted(process, signal.SIGINT)
+    except KeyboardInterrupt as error:
+        stopped = interrupts.cause(error)
+        out = interrupted(process, number(stopped))
     print(out, end="", flush=True)
     row: dict[str, Any] = {"study": study, "seconds": round(time.monotonic() - began, 1), "code": process.returncode}
     if found := CLOSING.search(out):
         settled, points, missing = int(found[2]), int(found[3]), found[4]
-        return row | {"settled": settled, "points": points, "state": f"missing: {missing}" if missing else "complete"}
-    return row | {"state": "interrupted at the limit" if interrupted else f"failed with exit code {process.returncode}"}
+        row |= {"settled": settled, "points": points, "state": f"missing: {missing}" if missing else "complete"}
+    elif limit or stopped:
+        row["state"] = f"interrupted {'at the limit' if limit else f'by {stopped}'}"
+    else:
+        row["state"] = f"failed with exit code {process.returncode}"
+    return row, stopped
+
+
+def interrupted(process: "subprocess.Popen[str]", by: int) -> str:
+    """Send a study this signal; what it printed. One that does not end in time is killed."""
+    process.send_signal(by)
+    try:
+        return process.communicate(timeout=GRACE_S)[0]
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()[0]
 
 
 def line_of(row: dict[str, Any], earlier: list[dict[str, Any]]) -> str:
@@ -183,4 +222,5 @@ def line_of(row: dict[str, Any], earlier: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
+    interrupts.install()
     sys.exit(main())

@@ -1,11 +1,16 @@
 """Studies one after the other: what is told of them, and what stops the next one."""
 
 import json
+import os
+import signal
 import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
 import report_fakes as fakes
+from cli import TESTS, environment, heed_signals
 
 from pi0exp import machine, sweep
 from pi0exp.experiments import campaign
@@ -42,6 +47,43 @@ def test_one_that_fails_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
     assert [(row["study"], row["words"]) for row in kept] == [
         (name, ["measure=quick"]) for name in ("breakdown", "masking", "ladder")
     ]
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "code", "send"),
+    [
+        (signal.SIGINT, "Ctrl-C", 130, os.kill),
+        (signal.SIGINT, "Ctrl-C", 130, os.killpg),  # as a terminal does
+        (signal.SIGTERM, "SIGTERM", 143, os.kill),
+        (signal.SIGHUP, "SIGHUP", 129, os.kill),
+    ],
+)
+def test_signal_reaches_the_study_and_nothing_that_was_told_is_lost(tmp_path, number, name, code, send):
+    command = [sys.executable, str(TESTS / "stand_in.py"), str(tmp_path), "ladder", "masking", "--results"]
+    process = subprocess.Popen(
+        [*command, str(tmp_path)],
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_signals,
+    )
+    until = time.monotonic() + 60
+    while not (tmp_path / "begun").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    send(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert (tmp_path / "signals").read_text() == f"{number.name}\n", "once"
+    assert out.splitlines() == [
+        "its first point",
+        f"ladder: interrupted by {name}; time needed: not known",
+        "masking: not begun; time needed: not known",
+    ]
+    assert err.splitlines() == ["campaign: ladder", f"campaign: interrupted by {name}"]
+    [row] = [json.loads(line) for line in (tmp_path / "campaign.jsonl").read_text().splitlines()]
+    assert (row["study"], row["state"], row["code"]) == ("ladder", f"interrupted by {name}", 130)
 
 
 def test_at_the_limit_nothing_is_begun(tmp_path, monkeypatch, capsys):
