@@ -140,7 +140,9 @@ def lacking(name: str, results: Path, words: list[str]) -> tuple[list[str], list
         and all(holds(record, *pair) for pair in asked)
         and all(study.has(key, record["params"].get(key, "")) for key in free)
     ]
-    chosen = [line for line in unmeasured(study, kept) if all(line.get(key, value) == value for key, value in asked)]
+    chosen = [
+        line for line in unmeasured(study, kept, asked) if all(line.get(key, value) == value for key, value in asked)
+    ]
     lines = [shlex.join(f"{key}={value}" for key, value in line.items()) for line in chosen]
     return lines, [word for word, (key, _) in zip(words, pairs, strict=True) if key not in said]
 

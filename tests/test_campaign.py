@@ -139,6 +139,25 @@ def test_missing_points_are_those_without_a_settled_file_of_this_gpu(tmp_path):
 
 
 @pytest.mark.usefixtures("on_h200")
+def test_record_of_other_dimensions_is_none_of_the_named_model(tmp_path):
+    """No parameter tells it: its model is called pi0 like that of the study."""
+    depth = "model.vision.depth=2"
+    small = fakes.made("ladder", ("workload=default", "stack=2_sdpa", depth), 5.0)
+    older = fakes.made("ladder", ("workload=default", "stack=3_skip"), 30.0)
+    older["experiment"] = older["experiment"] | {"model": {**older["experiment"]["model"]}}
+    del older["experiment"]["model"]["norm_eps"]  # as if it could be set since
+    for record in (small, older):
+        write_record(record, tmp_path)
+    lines, _ = campaign.lacking("ladder", tmp_path, [])
+    assert "workload=default stack=2_sdpa" in lines
+    assert "workload=default stack=3_skip" not in lines
+    lines, words = campaign.lacking("ladder", tmp_path, [depth])
+    assert words == [depth]
+    assert "workload=default stack=2_sdpa" not in lines
+    assert "workload=default stack=3_skip" in lines
+
+
+@pytest.mark.usefixtures("on_h200")
 @pytest.mark.parametrize("study", ["ablation", "graph_capture", "masking"])
 def test_missing_points_are_a_sweep_of_their_own(study, tmp_path):
     lines, _ = campaign.lacking(study, tmp_path, [])

@@ -100,6 +100,11 @@ def test_a_point_is_the_planned_one_that_says_most_of_it():
     assert {"workload.seed=1", "fusion.norms=False", "fusion.rope=False"} <= {*left}
 
 
+def test_a_smaller_model_is_no_planned_point():
+    left = missing(study.study("ablation"), [ablation("graphs=none", "model.vision.depth=2", ms=20.0)])
+    assert "graphs=none" in left
+
+
 def test_a_point_of_a_stack_is_none_of_those_that_set_its_options():
     one = study.study("fidelity")
     words = (("attention=eager",), ("precision=fp8",), ("stack=h200_best",), ("stack=7_hoists",))

@@ -113,6 +113,15 @@ def test_another_model_and_a_cpu_never_stand_for_ours():
     assert judged(figure(32.9), tiny, fakes.made("ladder", ("stack=2_sdpa",), 34.0)).ours == 34.0
 
 
+def test_other_dimensions_stand_for_ours_only_where_they_are_asked_for():
+    depth = {"model.vision.depth": "2"}
+    small = fakes.made("ladder", ("stack=2_sdpa", "model.vision.depth=2"), 33.0)
+    whole = fakes.made("ladder", ("stack=2_sdpa",), 34.0)
+    assert judged(figure(32.9), small).state is State.not_measured
+    assert judged(figure(32.9), small, whole).ours == 34.0
+    assert judged(figure(32.9, ours=Ours({"stack": "2_sdpa"} | depth)), small, whole).ours == 33.0
+
+
 def test_ratios_shares_and_microseconds():
     fast = fakes.made("ladder", ("stack=8_compiled",), 10.0, metrics=fakes.rich(10.0))
     slow = fakes.made("ladder", ("stack=2_sdpa",), 40.0)

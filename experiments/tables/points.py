@@ -134,9 +134,14 @@ _INPUTS = ("model", "workload")
 
 def changes(record: Record, group: str) -> list[str]:
     """`vision.depth=2` for each setting of a model or workload that is not as conf/ has it today."""
+    return [f"{name}={value}" for name, value in changed(record, group).items()]
+
+
+def changed(record: Record, group: str) -> dict[str, Any]:
+    """The same as name -> value. What an older record lacks is as it was before it could be set."""
     plain = dict(leaves(_node(group, record["params"][group])))
     given = leaves(record["experiment"][group])
-    return [f"{name}={value}" for name, value in given if name in plain and plain[name] != value]
+    return {name: value for name, value in given if name in plain and plain[name] != value}
 
 
 @cache

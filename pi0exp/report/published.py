@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 from pi0exp import compose, config
 from pi0exp.errors import UserError
 from pi0exp.report.cells import number
-from pi0exp.report.rows import Row
+from pi0exp.report.rows import Row, holds, named_model
 from pi0exp.result import Outcome
+from pi0exp.track import Record
 
 FILE = compose.PACKAGE / "experiments" / "published.yaml"
 AMD, NVIDIA = ("MI300X", "MI350", "MI350X"), ("H100", "H200")
@@ -225,7 +226,8 @@ def _row(asked: Ours, rows: Sequence[Row]) -> Row | None:
         for row in rows
         if row.record["outcome"] == Outcome.OK
         and row.metric(asked.metric) is not None
-        and all(row.record["params"].get(name) == value for name, value in ({"model": MODEL} | asked.params).items())
+        and all(_has(row.record, name, value) for name, value in ({"model": MODEL} | asked.params).items())
+        and named_model(row.record, asked.params.items())
     ]
     if asked.pick is not Pick.only:
         ranked = [row for row in fitting if row.ranked or asked.approximate]
@@ -234,3 +236,8 @@ def _row(asked: Ours, rows: Sequence[Row]) -> Row | None:
     if len(fitting) > 1:
         raise _SeveralError(f"{len(fitting)} rows have {', '.join(f'{k}={v}' for k, v in asked.params.items())}")
     return fitting[0] if fitting else None
+
+
+def _has(record: Record, name: str, value: str) -> bool:
+    """Dimensions of a model are no parameters of a run."""
+    return holds(record, name, value) if name.startswith("model.") else record["params"].get(name) == value

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pi0exp import compose
 from pi0exp.config import GROUPS
-from pi0exp.experiments.tables.points import changes, short
+from pi0exp.experiments.tables.points import changed, changes, short
 from pi0exp.interval import median_interval
 from pi0exp.operands import comparable
 from pi0exp.option import STAGES
@@ -214,9 +214,23 @@ def holds(record: Record, name: str, value: str) -> bool:
     return name not in params
 
 
-def unmeasured(study: "Study", records: Iterable[Record]) -> list[dict[str, str]]:
-    """The planned points that none of the records is, each by its words."""
-    there = {_place(study, record) for record in records}
+def named_model(record: Record, words: Iterable[tuple[str, str]]) -> bool:
+    """Whether its model is what the name says, but for what words of the command line say: no parameter tells it."""
+    if record["params"].get("model") not in compose.files()["model"]:
+        return True  # nothing to hold it against
+    asked = {name for name, value in words if holds(record, name, value)}
+    return all(f"model.{name}" in asked for name in changed(record, "model"))
+
+
+def unmeasured(
+    study: "Study", records: Iterable[Record], asked: Iterable[tuple[str, str]] = ()
+) -> list[dict[str, str]]:
+    """The planned points that none of the records is, each by its words. asked: further words, of all points."""
+    there = set()
+    for record in records:
+        place = _place(study, record)
+        if place < len(study.planned) and named_model(record, [*asked, *study.planned[place].items()]):
+            there.add(place)
     return [words for i, words in enumerate(study.planned) if i not in there]
 
 
