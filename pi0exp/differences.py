@@ -45,18 +45,19 @@ def _settings(record: Record, same: list[str]) -> dict[str, str]:
     """
     found = {name: str(value) for name, value in record["params"].items()}
     sections = {name: part for name, part in record["experiment"].items() if name not in (*GROUPS, "names")}
-    for name, value in _leaves(sections):
+    for name, value in leaves(sections):
         found.setdefault(name, str(value))
-    composed = _leaves({group: record["experiment"].get(group) for group in same})
+    composed = leaves({group: record["experiment"].get(group) for group in same})
     found |= {f"{name} (composed)": str(value) for name, value in composed if name not in found}
     prints = record["fingerprint"]
     found |= {f"machine.{name}": str(prints[name]) for name in _PRINTS if name in prints}
     return found | {f"versions.{name}": str(version) for name, version in prints.get("versions", {}).items()}
 
 
-def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of each setting that has one."""
     for name, value in node.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         elif value is not None:
             yield f"{prefix}{name}", value

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pi0exp import pipes
+from pi0exp import compose, pipes
 from pi0exp.card import console
+from pi0exp.differences import WORK, leaves
 from pi0exp.errors import UserError
 from pi0exp.load import read_record, result_files
 from pi0exp.operands import name_of
@@ -101,15 +102,28 @@ def checked(path: Path, record: Record) -> Record:
 
 
 def work_of(record: Record) -> dict[str, str]:
-    """Model and workload: performance is only equal on equal work."""
-    asked = {name: value for name, value in record["params"].items() if name.startswith(("model", "workload"))}
-    return {name: value for name, value in asked.items() if name not in ("workload", "workload.seed")}
+    """Subject, model and workload, setting by setting: performance is only equal on equal work.
+
+    As parameters where a run has them, which a reader knows; the dimensions of a model are in the experiment only.
+    """
+    whole = leaves({section: record["experiment"].get(section) for section in WORK})
+    asked = {name: value for name, value in record["params"].items() if name.partition(".")[0] in WORK}
+    found = {name: str(value) for name, value in whole} | {"subject": compose.defaults()["subject"]} | asked
+    return {name: value for name, value in found.items() if name not in _NO_WORK}
+
+
+_NO_WORK = ("workload", "workload.name", "workload.seed", "model.seed")
 
 
 def same_work(path: Path, reference: Record, candidate: Record) -> None:
     a, b = work_of(reference), work_of(candidate)
-    if other := [f"{name} {a.get(name, '-')}, {b.get(name, '-')}" for name in {**a, **b} if a.get(name) != b.get(name)]:
-        raise UserError(f"{path}: other work than the reference: {'; '.join(sorted(other))}")
+    other = sorted(name for name in {**a, **b} if a.get(name) != b.get(name))
+    # What follows from another subject or model is said by its name.
+    names = [name for name in ("subject", "model") if name in other]
+    told = names[:1] if "subject" in names else [*names, *(one for one in other if one.partition(".")[0] not in names)]
+    if told:
+        texts = (f"{name} {a.get(name, '-')}, {b.get(name, '-')}" for name in told)
+        raise UserError(f"{path}: other work than the reference: {'; '.join(texts)}")
 
 
 def answers(

@@ -152,6 +152,28 @@ def test_what_is_no_answer(capsys, tmp_path, reference):
     assert code == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("model.vision.depth=1",), "model.vision.depth 2, 1"),
+        (("model=tiny_pi05", "workload=pi05"), "model tiny, tiny_pi05; workload.horizon 10, 50; workload.prompt"),
+        (("subject=products",), "subject policy, products"),
+        (("subject=layers", "subject.depth=1"), "subject policy, layers"),
+        (("workload.horizon=11",), "workload.horizon 10, 11"),
+    ],
+)
+def test_other_work_is_refused_also_where_no_parameter_says_it(capsys, tmp_path, reference, words, told):
+    other = file(tmp_path / "other", MI350, 20.0, *words)
+    text = refused(capsys, "--reference", reference, "--candidate", other)
+    assert text.startswith(f"{other}: other work than the reference: {told}")
+
+
+def test_seeds_and_the_name_of_a_workload_are_no_work(capsys, tmp_path, reference):
+    """A workload of another name that says the same is the same."""
+    same = file(tmp_path / "same", MI350, 20.0, "workload.seed=3", "model.seed=4", "workload.name=mine")
+    assert answers(capsys, "--reference", reference, "--candidate", same)
+
+
 @pytest.mark.parametrize("watts", ["0", "-5", "nan", "inf", "many"])
 def test_watts_are_a_number_above_0(capsys, reference, watts):
     with pytest.raises(SystemExit) as refusal:
