@@ -13,6 +13,7 @@ from pi0exp import compose
 from pi0exp.config import RunConfig
 from pi0exp.load import files_in, read_record
 from pi0exp.machine import Machine, tracking_uri
+from pi0exp.result import measured_at
 from pi0exp.roofline import Ceilings
 from pi0exp.root import default_root
 from pi0exp.track import Record, Store
@@ -37,6 +38,11 @@ class Known:
         """Of the measurement, 2026-11-24."""
         return str(self.record["fingerprint"].get("date", ""))
 
+    @property
+    def when(self) -> str:
+        """The same with the time, where the record has it."""
+        return measured_at(self.record)
+
 
 def known_records(run: RunConfig) -> list[Known]:
     """All records in the store that `run` names and in the result files, the latest first, each once.
@@ -52,7 +58,7 @@ def known_records(run: RunConfig) -> list[Known]:
     others = () if own is None or own.resolve() == RESULTS.resolve() else _files(own)
     for known in (*stored, *_files(RESULTS), *others):
         found.setdefault((known.record["study"], known.record["key"]), known)
-    return sorted(found.values(), key=lambda known: known.date, reverse=True)
+    return sorted(found.values(), key=lambda known: known.when, reverse=True)
 
 
 @cache

@@ -43,7 +43,8 @@ def fingerprint(machine: Machine, gpu_uuid: str | None = None) -> dict[str, Any]
     gpu_uuid: which of several equal GPUs it was, where this process was not started for it; no part of the identity.
     """
     head, dirty = commit()
-    code = {"commit": head, "dirty": dirty, "date": datetime.now(UTC).date().isoformat()}
+    now = datetime.now(UTC)
+    code = {"commit": head, "dirty": dirty, "date": now.date().isoformat(), "time": now.isoformat(timespec="seconds")}
     uuid = (gpu_uuid or held_gpu()) if machine.has_gpu else None
     which = {"gpu_uuid": uuid} if uuid else {}
     return {**machine.identity(), **which, "cpu": machine.cpu, "cores": machine.cores, **code}

@@ -86,10 +86,10 @@ def store_name(uri: str | None, root: Path | None) -> str:
 def points(known: Iterable[Known], ordered: bool = True) -> list[Point]:
     """By experiment and GPU, each measurement once; of each experiment those under the key of its latest record.
 
-    ordered: those of one day stand with the latest first. Otherwise, and if that matters, UserError.
+    ordered: those of one day without a time stand with the latest first. Otherwise, and if that matters, UserError.
     """
     unique: dict[str, Known] = {}
-    for one in sorted(known, key=lambda one: one.date, reverse=True):
+    for one in sorted(known, key=lambda one: one.when, reverse=True):
         unique.setdefault(identity(one.record), one)
     found: dict[tuple[str, str], list[Known]] = {}
     for one in unique.values():
@@ -97,7 +97,7 @@ def points(known: Iterable[Known], ordered: bool = True) -> list[Point]:
     made = []
     for same in found.values():
         keyed = [one for one in same if one.record["key"] == same[0].record["key"]]
-        others = [one for one in same if one not in keyed and one.date == same[0].date]
+        others = [one for one in same if one not in keyed and one.when == same[0].when]
         if others and not ordered:
             raise UserError(
                 f"{same[0].where} and {others[0].where}: one point, measured on one day under two keys (other code or"

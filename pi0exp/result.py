@@ -83,6 +83,12 @@ class Result:
         return asdict(self) | {"outcome": str(self.outcome)}
 
 
+def measured_at(record: dict[str, Any]) -> str:
+    """When it was measured, to be sorted by. Older records say the day only, which comes before all times of it."""
+    prints = record["fingerprint"]
+    return str(prints.get("time") or prints.get("date") or "")
+
+
 def record(key: str, study: str, params: dict[str, str], experiment: dict[str, Any], result: Result) -> dict[str, Any]:
     """The JSON form in which a point is stored, committed and carried to other machines."""
     return {"format": 1, "key": key, "study": study, "params": params, "experiment": experiment, **result.to_dict()}

@@ -216,6 +216,9 @@ def test_the_latest_of_a_point_counts_and_a_tie_is_refused():
     with pytest.raises(UserError, match="one and two: one point, measured on one day under two keys"):
         points(tie, ordered=False)
     assert [one.where for one in points(tie)] == [["one"]]
+    for one, time in zip(tie, ("08:00:00", "09:00:00"), strict=True):
+        one.record["fingerprint"]["time"] = f"2026-01-02T{time}+00:00"
+    assert [one.where for one in points(tie, ordered=False)] == [["two"]]
 
 
 def test_copies_of_a_measurement_count_once():

@@ -184,6 +184,30 @@ def test_of_one_point_the_latest_counts_and_a_quick_one_only_alone():
     assert latest([quick]) == [quick]
 
 
+def at(time: str) -> dict:
+    return fakes.H200 | ({"time": f"2026-01-02T{time}:00:00+00:00"} if time else {})
+
+
+def test_of_one_day_the_latest_counts_whatever_its_file_is_called(tmp_path):
+    """An older record says the day only, and comes before those that say the time. What is printed stays a day."""
+    points = [fakes.made("toy", ("stack=2_sdpa",), float(10 + i), prints=at(t)) for i, t in enumerate(("", "09", "23"))]
+    for keys in ("123", "321", "312"):
+        for one, digit in zip(points, keys, strict=True):
+            write_record(one | {"key": digit * 16}, tmp_path / keys)
+        found = sources.committed(["toy"], tmp_path / keys)
+        assert [one["key"][0] for one in found["toy"]["nvidia-h200"]] == list(keys)
+        [machine] = document.chapter(Study("toy"), found, ()).machines
+        assert [row.p50 for row in machine.rows] == [12.0]
+        assert machine.date == "2026-01-02"
+        assert "2026-01-02, commit" in machine.about
+
+
+def test_the_machine_that_measured_last_answers():
+    early = fakes.made("toy", (), 10.0, prints=at("08"))
+    late = fakes.made("toy", (), 10.0, prints=at("09") | {"gpu": "Z"})
+    assert document.chapter(Study("toy"), sources.sorted_out([late, early]), ()).last.gpu == "Z"
+
+
 def test_equal_labels_are_told_apart():
     records = [fakes.made("toy", ("stack=2_sdpa", f"workload.horizon={n}"), 10.0 + n) for n in (10, 50)]
     one = Study("toy", report=fakes.configured(label=["stack"], facet=[]))
@@ -447,6 +471,14 @@ def test_own_runs_and_committed_results_come_together(tmp_path):
     found = sources.tracked(["toy"], None, root, results)["toy"]["nvidia-h200"]
     assert sorted(one["params"]["stack"] for one in found) == ["0_eager", "2_sdpa", "8_compiled"]
     assert {one.record["params"]["stack"] for one in store.runs("toy")} == {"2_sdpa", "0_eager"}
+
+
+def test_a_run_of_the_store_is_not_later_than_a_file_for_being_there(tmp_path):
+    own, file = (fakes.made("toy", (), ms, prints=at(time)) for ms, time in ((30.0, "08"), (20.0, "09")))
+    Store.open(root=tmp_path / "root").import_record(own)
+    write_record(file, tmp_path / "results")
+    found = sources.tracked(["toy"], None, tmp_path / "root", tmp_path / "results")["toy"]["nvidia-h200"]
+    assert latest(found) == [file]
 
 
 def test_without_a_store_none_is_created(tmp_path):

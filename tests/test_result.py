@@ -2,12 +2,15 @@
 
 import ast
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 import pi0exp
-from pi0exp.result import CONFIG_ERROR, TIMED, Outcome, Result, record
+from pi0exp.machine import Machine
+from pi0exp.measure import fingerprint
+from pi0exp.result import CONFIG_ERROR, TIMED, Outcome, Result, measured_at, record
 
 TIMES = {"latency_ms/p50": 20.0, "latency_host_ms/p50": 21.0, "throughput_hz": 50.0, "roofline/share": 0.3}
 TIMES |= {"latency_paced_ms/p50": 19.0, "stage_ms/vision": 2.0, "sampling/tau": 1.0, "power_w/mean": 500.0}
@@ -110,3 +113,18 @@ def test_record_carries_point_and_result():
     )
     assert (made["outcome"], made["reasons"]) == ("oom", ["too large"])
     json.dumps(made)
+
+
+def test_results_are_sorted_by_the_second_and_older_ones_by_the_day():
+    new = fingerprint(Machine())
+    day = datetime.now(UTC).date()
+    assert datetime.fromisoformat(new["time"]).date() in (day, day - timedelta(days=1)), "midnight may lie between"
+    assert new["time"].startswith(new["date"])
+    prints = [
+        {"date": "2026-01-01"},
+        {"date": "2026-01-02"},
+        {"date": "2026-01-02", "time": "2026-01-02T00:00:01+00:00"},
+    ]
+    assert measured_at({"fingerprint": new}) == new["time"]
+    times = [measured_at({"fingerprint": one}) for one in prints]
+    assert times == sorted(times)

@@ -13,6 +13,7 @@ from pi0exp.report.published import Figure, Judged
 from pi0exp.report.rows import OPTIONS, PLAIN, Facet, Row, cards, facets, missing
 from pi0exp.report.sources import Measured
 from pi0exp.report.study import Study
+from pi0exp.result import measured_at
 from pi0exp.track import Record
 
 MOST_NAMED = 6
@@ -33,16 +34,21 @@ class Table:
 
 @dataclass(frozen=True)
 class Machine:
-    """A study on one GPU. slug: its folder. about: GPU, versions, days, commits. date: of the last measurement."""
+    """A study on one GPU. slug: its folder. about: GPU, versions, days, commits. when: `measured_at` of the last."""
 
     slug: str
     gpu: str
     about: str
-    date: str
+    when: str
     answer: str
     facets: tuple[Facet, ...]
     tables: tuple[Table, ...]
     plots: tuple[Plot, ...]
+
+    @property
+    def date(self) -> str:
+        """The day."""
+        return self.when[:10]
 
     @property
     def rows(self) -> list[Row]:
@@ -59,8 +65,8 @@ class Chapter:
 
     @property
     def last(self) -> Machine | None:
-        """The machine that measured last; of several of a day the first."""
-        return max(self.machines, key=lambda machine: machine.date, default=None)
+        """The machine that measured last; of several of a day without a time the first."""
+        return max(self.machines, key=lambda machine: machine.when, default=None)
 
     @property
     def answer(self) -> str:
@@ -99,7 +105,7 @@ def machine(study: Study, slug: str, records: Sequence[Record]) -> Machine:
         slug=slug,
         gpu=str(prints[0].get("gpu", slug)),
         about=about,
-        date=max(str(one.get("date", "")) for one in prints),
+        when=max(map(measured_at, kept)),
         answer=" ".join(filter(None, [answer(study.report, found), incomplete(missing(study, kept), study)])),
         facets=tuple(found),
         tables=(*(table(study, facet, cards(found)) for facet in found), *parts(found)),

@@ -37,9 +37,8 @@ def written(chapters: Sequence[Chapter], results: Path = RESULTS, docs: Path = D
 
 def picture(chapter: Chapter) -> str | None:
     """All facets of one plot, of the machine that measured last, below each other; None where there is none."""
-    if chapter.study.name not in PICTURES or not chapter.machines:
+    if chapter.study.name not in PICTURES or (last := chapter.last) is None:
         return None
-    last = max(chapter.machines, key=lambda machine: machine.date)
     return stacked(last, pictures(chapter, last))
 
 

@@ -14,7 +14,7 @@ from pi0exp.experiments.tables.points import changed, changes, short
 from pi0exp.interval import median_interval
 from pi0exp.operands import comparable
 from pi0exp.option import STAGES
-from pi0exp.result import Outcome
+from pi0exp.result import Outcome, measured_at
 from pi0exp.track import Record
 
 if TYPE_CHECKING:
@@ -132,11 +132,11 @@ def is_quick(record: Record) -> bool:
 def latest(records: Iterable[Record]) -> list[Record]:
     """Of several measurements of one experiment the last; a quick one only where there is no other.
 
-    records: the first one first; of two of a day the order counts.
+    records: the first one first; of two of a day without a time the order counts.
     """
 
     def when(record: Record) -> tuple[bool, str]:
-        return not is_quick(record), str(record["fingerprint"].get("date", ""))
+        return not is_quick(record), measured_at(record)
 
     found = {}
     for record in sorted(records, key=when):

@@ -12,10 +12,14 @@ from pathlib import Path
 from pi0exp.known import RESULTS
 from pi0exp.load import SUFFIXES, gpu_slug, read_record
 from pi0exp.operands import open_store
+from pi0exp.result import measured_at
 from pi0exp.track import Record, Store
 
 Measured = dict[str, dict[str, list[Record]]]
-"""Study -> GPU, as a folder is called -> its records, those of a day in the order in which they were measured."""
+"""Study -> GPU, as a folder is called -> its records in the order in which they were measured, as far as they say it.
+
+Of those of a day that have no time, committed ones come first, by name, then the store's, the first one first.
+"""
 
 
 def committed(names: Iterable[str] | None = None, results: Path = RESULTS) -> Measured:
@@ -46,7 +50,7 @@ def tracked(names: Iterable[str] | None, uri: str | None, root: Path | None, res
 
 def sorted_out(records: Iterable[Record]) -> Measured:
     found: Measured = {}
-    for record in records:
+    for record in sorted(records, key=measured_at):
         gpu = gpu_slug(str(record["fingerprint"].get("gpu") or "cpu"))
         found.setdefault(record["study"], {}).setdefault(gpu, []).append(record)
     return found
