@@ -44,6 +44,14 @@ def rows(text):
 # ---- points
 
 
+def test_machine_line_has_all_versions_that_occur():
+    other = PRINTS | {"driver": "1.3", "versions": {"torch": "2.12.0"}, "date": "2026-01-03"}
+    assert points.machine_line([other, PRINTS, other]) == (
+        "Toy GPU, driver 1.2, 1.3, torch 2.11.0, 2.12.0, 2026-01-02, 2026-01-03, commit abcdef"
+    )
+    assert points.machine_line([PRINTS | {"driver": ""}]).startswith("Toy GPU, driver -, torch 2.11.0, ")
+
+
 def test_latencies_slowest_first_and_failures_with_their_reason(results):
     keep(results, "a", ["stack=2_sdpa"], ERRORS | LATENCIES)
     keep(results, "b", [], ERRORS | LATENCIES | {"latency_ms/p50": 99.0, "roofline/share": 0.256})

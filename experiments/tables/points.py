@@ -3,7 +3,7 @@
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,15 @@ def grid(columns: list[tuple[str, bool]], rows: list[list[str]]) -> str:
 
 
 def machine_line(prints: list[dict[str, Any]]) -> str:
-    """The machine of some measurements, with all their days and commits."""
-    commits = ", ".join(sorted({one["commit"][:10] or "unknown" for one in prints}))
-    days, first = ", ".join(sorted({one["date"] for one in prints})), prints[0]
-    torch = first["versions"]["torch"]
-    return f"{first['gpu']}, driver {first['driver'] or '-'}, torch {torch}, {days}, commit {commits}"
+    """The machine of some measurements, with all their drivers, versions of torch, days and commits."""
+    drivers = _all(one["driver"] or "-" for one in prints)
+    torch = _all(one["versions"]["torch"] for one in prints)
+    days, commits = _all(one["date"] for one in prints), _all(one["commit"][:10] or "unknown" for one in prints)
+    return f"{prints[0]['gpu']}, driver {drivers}, torch {torch}, {days}, commit {commits}"
+
+
+def _all(values: Iterable[str]) -> str:
+    return ", ".join(sorted({*values}))
 
 
 def _order(record: Record) -> tuple[Any, ...]:
