@@ -27,7 +27,7 @@ from pi0exp.sensors import SensorError, open_sensors
 
 @dataclass(frozen=True)
 class Reached:
-    """The ceilings for one kind of product, and in words when they were measured."""
+    """The ceilings for one kind of product, in words when they were measured, and whether any was before this run."""
 
     roofs: Rooflines
     when: str
@@ -54,7 +54,7 @@ def reached(
     known = file.rates(owner) if reuse else {}
     found = {name: rate for name in (COPY, kind) if (rate := known.get(name)) is not None and fresh(rate)}
     missing = {name: measure_rate(name, device, seconds / 2) for name in (COPY, kind) if name not in found}
-    when = f"of {min(rate.at for rate in found.values())}" if not missing else "measured in this run"
+    when = measured_when(*(found[name].at if name in found else "" for name in (COPY, kind)))
     if missing:
         try:
             file.keep(owner, missing)
@@ -62,7 +62,15 @@ def reached(
             when += f", not kept: {error}"
     both = found | missing
     burst = Ceilings(both[COPY].burst, both[kind].burst)
-    return Reached(Rooflines(burst, Ceilings(both[COPY].sustained, both[kind].sustained)), when, reused=not missing)
+    return Reached(Rooflines(burst, Ceilings(both[COPY].sustained, both[kind].sustained)), when, reused=bool(found))
+
+
+def measured_when(copies: str, products: str) -> str:
+    """In words, of two times, "" for now. Two of one day are of one measurement: the earlier stands for both."""
+    if copies[:10] == products[:10]:
+        return f"of {min(copies, products)}" if copies else "measured in this run"
+    said = (f"of {time}" if time else "measured in this run" for time in (copies, products))
+    return "copies {}, products {}".format(*said)
 
 
 def owner_of(machine: Machine, device: torch.device) -> dict[str, Any]:

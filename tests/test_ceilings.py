@@ -127,8 +127,20 @@ def test_run_measures_once_and_then_reuses(file: CeilingsFile, measured: list[st
     assert again.roofs == first.roofs
     assert again.reused
     assert again.when.startswith("of 20")
-    assert take(file, "tf32").reused is False
+    other = take(file, "tf32")
     assert measured == ["copy", "bf16", "tf32"], "only what is missing"
+    assert other.reused, "the copy"
+    assert other.when == f"copies {again.when}, products measured in this run"
+
+
+def test_rates_of_two_days_are_told_as_such(file: CeilingsFile, measured: list[str]):
+    old, new = rate(age=timedelta(days=3)), rate(age=timedelta(days=1))
+    file.keep(OWNER, {"copy": old, "bf16": new})
+    assert take(file).when == f"copies of {old.at}, products of {new.at}"
+    file.keep(OWNER, {"copy": rate(age=2 * FRESH)})
+    found = take(file)
+    assert measured == ["copy"]
+    assert (found.reused, found.when) == (True, f"copies measured in this run, products of {new.at}")
 
 
 def test_thorough_run_measures_again(file: CeilingsFile, measured: list[str]):
