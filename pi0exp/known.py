@@ -11,7 +11,7 @@ from typing import Any
 
 from pi0exp import compose
 from pi0exp.config import RunConfig
-from pi0exp.load import files_in, read_record
+from pi0exp.load import readable
 from pi0exp.machine import Machine, tracking_uri
 from pi0exp.result import measured_at
 from pi0exp.roofline import Ceilings
@@ -49,7 +49,7 @@ def known_records(run: RunConfig) -> list[Known]:
 
     Of the store the studies that can be known by name: the run's own, those of the repository and of its results. The
     files are those of the repository and, as a run finds them settled, of its own `track.results`.
-    Raises UserError for a store or a file that cannot be read.
+    Raises UserError for a store that cannot be read.
     """
     root = None if run.track.root is None else Path(run.track.root)
     stored = _stored(run.track.uri or tracking_uri(), root, run.name)
@@ -84,7 +84,8 @@ def store_exists(uri: str | None, root: Path | None) -> bool:
 
 @cache
 def _files(folder: Path) -> tuple[Known, ...]:
-    return tuple(Known(_short(path), read_record(path)) for path in files_in(folder))
+    """What cannot be read is told on stderr and left out: it says nothing of the point that is asked for."""
+    return tuple(Known(_short(path), one) for path, one in readable([folder]))
 
 
 def _short(path: Path) -> str:

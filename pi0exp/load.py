@@ -76,7 +76,11 @@ def read_record(path: Path) -> Record:
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.name.endswith(".gz") else content).decode()
+        if not text.strip():
+            raise ValueError("the file is empty")
         return _checked(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not a whole result file: {error}") from error
     except OSError as error:  # gzip says with it that a file is not compressed
         raise UserError(f"{path}: {error.strerror or error}") from error
     except (ValueError, EOFError, zlib.error, RecursionError) as error:
@@ -253,7 +257,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         (load_each if given.each else load)(given.files, given.uri, given.root)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"pi0exp: {error}", file=sys.stderr)
         return CONFIG_ERROR
     return 0
 

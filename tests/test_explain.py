@@ -228,6 +228,18 @@ def test_studies_of_the_repository_are_looked_into(tmp_path):
     assert {one.record["study"] for one in found} >= {"first_light", "adhoc"}
 
 
+def test_a_damaged_result_file_is_told_and_left_out(monkeypatch, capsys, tmp_path):
+    good = known.RESULTS / "first_light" / "nvidia-h200" / "74fbf16b538c29e9.json"
+    place = tmp_path / "first_light" / "nvidia-h200"
+    place.mkdir(parents=True)
+    (place / good.name).write_bytes(good.read_bytes())
+    (place / "half.json").write_bytes(good.read_bytes()[:3000])
+    monkeypatch.setattr(known, "RESULTS", tmp_path)
+    found = known.known_records(RunConfig())
+    assert [one.record["key"] for one in found if one.record["study"] == "first_light"] == [good.stem]
+    assert f"left out: {place / 'half.json'}: not a whole result file" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_explained_measured_explained(tmp_path):
     """Nothing is there before and nothing is left; then the point is measured; then its time is told."""

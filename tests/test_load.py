@@ -97,10 +97,10 @@ def test_other_result_under_the_same_key(tmp_path, root, capsys):
     ahead = write_record(point(study="other", key="0" * 16), tmp_path / "b")
     other = write_record(point(study="other", samples=5), tmp_path / "b")
     assert main([str(ahead), str(other), "--root", str(root)]) == 2
-    assert f"error: {other}: other/{KEY}: run " in capsys.readouterr().err
+    assert f"pi0exp: {other}: other/{KEY}: run " in capsys.readouterr().err
     both = [write_record(point(study="other", key="1" * 16, samples=n), tmp_path / f"{n}") for n in (5, 6)]
     assert main([*map(str, both), "--root", str(root)]) == 2
-    assert f"error: {both[1]}: another result under the key of {both[0]}" in capsys.readouterr().err
+    assert f"pi0exp: {both[1]}: another result under the key of {both[0]}" in capsys.readouterr().err
     assert len(Store.open(None, root).runs("other")) == 1, "nothing is loaded before everything is checked"
 
 
@@ -130,8 +130,8 @@ def broken(**changed: object) -> str:
 
 
 BROKEN = {
-    "torn": (broken()[:100], "line 1 column"),
-    "empty": ("", "Expecting value"),
+    "torn": (broken()[:100], "not a whole result file: Unterminated"),
+    "empty": ("", "the file is empty"),
     "list": ("[]", "no JSON object with format 1"),
     "foreign": ('{"name": "something else"}', "no JSON object with format 1"),
     "deep": ("[" * 100_000, "recursion"),
@@ -203,7 +203,7 @@ def test_command_says_what_is_wrong_in_one_line(tmp_path):
         done = command(good, path, "--root", tmp_path / "store")
         assert done.returncode == 2
         assert done.stdout == ""
-        assert done.stderr.startswith(f"error: {path}: ")
+        assert done.stderr.startswith(f"pi0exp: {path}: ")
         assert cause in done.stderr
         assert done.stderr.count("\n") == 1
     assert not (tmp_path / "store").exists(), "files are checked before a store is opened"
