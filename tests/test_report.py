@@ -325,7 +325,7 @@ def test_ladder_answer():
     told = answered("ladder", fakes.ladder(), label=["stack"])
     assert told.startswith("pi0, default: from 160.00 ms (`0_eager`) to 17.00 ms (`8_compiled`), 9.41 times as fast; ")
     assert "the largest step is `1_graphs` with 120.00 ms less; pi0, masked: from 136.00 ms" in told
-    assert told.endswith("19 points: 18 ok, 1 oom.")
+    assert told.endswith("19 measurements: 18 ok, 1 oom.")
     assert "fork_best" not in told
 
 
@@ -374,7 +374,7 @@ def test_fidelity_answer():
 
 def test_without_a_latency_only_the_outcomes_are_told():
     records = [fakes.failed("toy", (), Outcome.UNSUPPORTED, "needs a GPU")]
-    assert all(answered(kind, records, x="workload.batch_size") == "1 point: 1 unsupported." for kind in Answer)
+    assert all(answered(kind, records, x="workload.batch_size") == "1 measurement: 1 unsupported." for kind in Answer)
     assert answer(ReportConfig(), []) == ""
 
 

@@ -28,14 +28,14 @@ def answer(config: ReportConfig, found: Sequence[Facet]) -> str:
 
 
 def _counted(found: Sequence[Facet], always: bool) -> str:
-    """How many points ended otherwise, how many were measured quickly, and on how many GPUs."""
+    """How many measurements ended otherwise, how many were quick ones, and on how many GPUs."""
     rows = [row for facet in found for row in facet.rows]
     outcomes = Counter(row.record["outcome"] for row in rows)
     quick = sum(row.quick for row in rows if row.ok)
     parts = []
     if always or set(outcomes) != {"ok"}:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
-        parts.append(f"{len(rows)} point{'s' * (len(rows) != 1)}: {counts}.")
+        parts.append(f"{len(rows)} measurement{'s' * (len(rows) != 1)}: {counts}.")
     if quick:
         parts.append(f"{quick} of {len(rows)} in the quick form only: wider intervals.")
     if (count := len(cards(found))) > 1:
