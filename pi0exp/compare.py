@@ -42,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     what = "run id, study, result file or folder, or named stack; commas join runs of one point"
     made.add_argument("a", metavar="A", help=f"the baseline: {what}")
     made.add_argument("b", metavar="B", help="what is compared with it, named alike")
-    made.add_argument("words", nargs="*", metavar="WORD", help="what is composed with named stacks: workload=masked")
+    words = "what is composed with named stacks: workload=masked"
+    made.add_argument("words", nargs="*", default=[], metavar="WORD", help=words)
     made.add_argument("--rerun", action="store_true", help="measure both now, taking turns in one process")
     made.add_argument("--rounds", type=int, help="with --rerun: rounds A B B A (default 20)")
     made.add_argument(

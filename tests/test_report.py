@@ -492,7 +492,7 @@ def test_unknown_study_ends_with_one_line(capsys, monkeypatch):
     monkeypatch.setattr(sources, "tracked", lambda names, uri, root: sources.committed(names))
     assert command.main(["nope"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("pi0exp: nope: no such study; there are ")
+    assert error.startswith("pi0exp: nope: no such study, and none of the store; there are ")
     assert "stacks" in error
     assert error.count("\n") == 1
 
