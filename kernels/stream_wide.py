@@ -5,6 +5,7 @@ has the whole of K of a few columns and reads all of x for them. With 50 rows th
 programs alone would read 50 MB. Here a program has BOX columns and a part of K of w_out and w_down, reads that part of
 x only, and leaves its sums to a phase that adds the parts in their order: eight phases a layer, where those have six.
 Products are made by warp groups, straight from shared memory, to which the copy engine brings weights, ahead, and x.
+What one phase stores and the next copies lies box by box (`wide.place`).
 
     qkv | attention, a head and a block of keys each | its parts mixed | w_out, parts | sum, residual, norm's squares
     | gate and up, activation | w_down, parts | sum, residual, norm's squares
@@ -108,8 +109,8 @@ def stream_wide_kernel(
     me = gl.program_id(0)
     tile, part = me // SPLIT, me % SPLIT
     S = start + M
-    ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS * BOXES, BOX, BOX], SHARED)
-    rows = gl.allocate_shared_memory(gl.bfloat16, [SLOTS * BOXES, BOX, BOX], SHARED)
+    ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BOXES * BOX, BOX], SHARED)
+    rows = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BOXES * ROWS, BOX], SHARED)
     ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     there = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(SLOTS):
@@ -237,7 +238,7 @@ def stream_wide(
     """
     D, (P, L, chunks, values) = tokens_BTD.shape[2], weights_PLCV.shape
     heads, H = rooms_LBSMH.shape[3:]
-    K, F, N, T = heads // 2, HIDDEN_COLUMNS.value * P, query_heads(D, chunks, H), tokens_BTD.shape[1]
+    K, F, N = heads // 2, HIDDEN_COLUMNS.value * P, query_heads(D, chunks, H)
     require(N > 0 and N % K == 0, f"{N} heads of {H} on {K}")
     require(not (why := misfit(D, H, F, N, N + heads)), why)
     fits = values == STEP * BOX.value and weights_PLCV.is_contiguous() and D // COLUMNS.value == P
@@ -248,9 +249,9 @@ def stream_wide(
         slots, clocks,
     )  # fmt: skip
     sums = tokens_BTD.new_empty((PARTS, ROWS.value, D), dtype=torch.float32)
-    copied = {"weights": weights_PLCV.view(-1, BOX.value)}
-    copied |= {name: given[f"{name}_ptr"][:T] for name in ("xs", "mixed", "hidden")}
-    block = [BOX.value, BOX.value]
+    copied = {"weights": weights_PLCV} | {name: given[f"{name}_ptr"] for name in ("xs", "mixed", "hidden")}
+    copied = {name: one.view(-1, BOX.value) for name, one in copied.items()}
+    block = [BOXES.value * BOX.value, BOX.value]
     described = {name: TensorDescriptor.from_tensor(one, block, SHARED.value) for name, one in copied.items()}
     stream_wide_kernel[(P,)](
         **described, **given, sums_ptr=sums, SPLIT=PARTS, WIDTH=STEP, num_warps=WARPS.value,
@@ -270,7 +271,7 @@ def _ahead(name: str, clocks: bool = False, **constants: Any) -> AheadOfTime:
     fixed = SIZES | {"SPLIT": PARTS, "WIDTH": STEP} | constants
     if clocks:
         del fixed["clocks_ptr"]
-    described = f"tensordesc<bf16[{BOX.value}, {BOX.value}],{SHARED.value!r}>"
+    described = f"tensordesc<bf16[{BOXES.value * BOX.value}, {BOX.value}],{SHARED.value!r}>"
     types = types_of(stream_wide_kernel) | dict.fromkeys(("weights", "xs", "mixed", "hidden"), described)
     types |= {"sums_ptr": "*fp32:16"}
     types = {argument: kind for argument, kind in types.items() if argument not in fixed}

@@ -1,8 +1,10 @@
 """Products of up to 64 rows from a ring of weights in shared memory (for `stream_wide`).
 
-Both operands come by the copy engine, in boxes of 64 x 64 values: the weight's as `wide_pack` has laid them one behind
-the other, those of x from the plain matrix that other programs have written. Rows of x beyond the last are zeros, which
-nothing reads. A warp group multiplies all rows by half of a tile's columns.
+Both operands come by the copy engine, in chunks that lie in one piece: the weight's as `wide_pack` has laid them, those
+of x as `place` says. What x has in rows beyond the last reaches those rows of the product only, which nobody stores. A
+warp group multiplies all rows by half of a tile's columns.
+
+A chunk is one copy and one store, never several: the compiler sets a barrier between any two writes to one buffer.
 
 Shapes: M rows (at most ROWS), K width in, N rows of a tile of a weight: 32 or 64; in a kernel M is ROWS.
 """
@@ -18,9 +20,9 @@ from pi0exp.kernels.ring import barrier, load_block
 ROWS = gl.constexpr(64)
 WARPS = gl.constexpr(8)
 BOX = gl.constexpr(64)
-"""Rows and columns of what is copied at once: 128 bytes a row, the widest that the matrix instruction reads."""
+"""Rows and columns that a matrix instruction reads at once: 128 bytes a row, the widest that it can."""
 BOXES = gl.constexpr(4)
-"""Of a chunk: 32 KB."""
+"""One behind the other in a chunk: 32 KB, the largest block that the copy engine takes."""
 SLOTS = gl.constexpr(3)
 """Chunks of weights, and as many of x; what is left of 227 KB a multiprocessor is for layouts that change."""
 SHARED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
@@ -57,9 +59,8 @@ def ask(weights, ring, ready, number, total, base):
     """
     slot = number % SLOTS
     mbarrier.expect(ready.index(slot), BOXES * BOX * BOX * 2, pred=number < total)
-    for i in gl.static_range(BOXES):
-        row = ((base + number) * BOXES + i) * BOX
-        load_block(weights, [row, 0], ready.index(slot), ring.index(slot * BOXES + i), pred=number < total)
+    row = (base + number) * (BOXES * BOX)
+    load_block(weights, [row, 0], ready.index(slot), ring.index(slot), pred=number < total)
 
 
 @gluon.jit
@@ -67,8 +68,13 @@ def ask_rows(x, rows, there, number, k):
     """Starts the copy of all rows of x, BOXES * BOX columns from k on, as the chunk of x of that number."""
     slot = number % SLOTS
     mbarrier.expect(there.index(slot), BOXES * BOX * BOX * 2)
-    for i in gl.static_range(BOXES):
-        load_block(x, [0, k + i * BOX], there.index(slot), rows.index(slot * BOXES + i))
+    load_block(x, [k // BOX * ROWS, 0], there.index(slot), rows.index(slot))
+
+
+@gluon.jit
+def place(m, k):
+    """Where x[m, k] lies."""
+    return (k // BOX * ROWS + m) * BOX + k % BOX
 
 
 @gluon.jit
@@ -89,10 +95,9 @@ def product(
         mbarrier.wait(ready.index(chunk % SLOTS), (chunk // SLOTS) & 1)
         mbarrier.wait(there.index((seen + i) % SLOTS), ((seen + i) // SLOTS) & 1)
         for j in gl.static_range(BOXES):
-            w = ring.index(chunk % SLOTS * BOXES + (i % TURNS * BOXES + j) // TURNS).slice(j % TURNS * N, N)
-            acc = warpgroup_mma(
-                rows.index((seen + i) % SLOTS * BOXES + j), w.permute([1, 0]), acc, is_async=True
-            )  # fmt: skip
+            x_box = rows.index((seen + i) % SLOTS).slice(j * ROWS, ROWS)
+            w_box = ring.index(chunk % SLOTS).slice((i % TURNS * BOXES + j) * N, N)
+            acc = warpgroup_mma(x_box, w_box.permute([1, 0]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         barrier()  # both warp groups have read
         if i + SLOTS < STEPS:

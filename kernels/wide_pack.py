@@ -1,6 +1,6 @@
 """The weights of a denoising step in the order in which the programs of `stream_wide` take them: a row of chunks each.
 
-A chunk is BOXES boxes of BOX rows and columns, in which the copy engine brings it. A program has a tile of w_qkv with
+A chunk is BOXES boxes of BOX rows and columns, as the matrix instruction reads them. A program has a tile of w_qkv with
 the whole of K, halves of its pairs in turns, where there is one for it; BOX columns of w_out, and one of PARTS parts of
 K; a tile of w_gate_up, gate and up in turns; and of w_down as of w_out.
 

@@ -24,6 +24,7 @@ from pi0exp.kernels.wide import (
     TILE_8,
     TILE_16,
     TILE_32,
+    place,
 )  # fmt: skip
 
 
@@ -77,14 +78,12 @@ QUERIES, KEYS, VALUES = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 @gluon.jit
 def keep(rows, slot: gl.constexpr, at_ptr, first, end, stride):
     """Into a slot, ROWS rows of BOXES * BOX values from row `first` on; zeros for those from `end` on."""
-    row = (first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, BOX_ROWS)))[:, None]
-    column = gl.arange(0, BOX, layout=gl.SliceLayout(0, BOX_ROWS))[None, :]
-    boxes = ()  # type: Any
-    for i in gl.static_range(BOXES):
-        at = at_ptr + row * stride + (column + i * BOX)
-        boxes = boxes + (gl.load(at, mask=(row < end) & (column >= 0), other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
-    for i in gl.static_range(BOXES):
-        rows.index(slot * BOXES + i).store(boxes[i])
+    i = gl.arange(0, BOXES * ROWS, layout=gl.SliceLayout(1, BOX_ROWS))[:, None]
+    column = i // ROWS * BOX + gl.arange(0, BOX, layout=gl.SliceLayout(0, BOX_ROWS))[None, :]
+    row = first + i % ROWS
+    inside = (row < end) & (column >= 0)
+    values = gl.load(at_ptr + row * stride + column, mask=inside, other=0.0, cache_modifier=".cg")
+    rows.index(slot).store(values)
 
 
 @gluon.jit
@@ -109,8 +108,8 @@ def attend(
     head, part = item // parts, item % parts
     scores = gl.zeros([ROWS, ROWS], gl.float32, layout=SUMS_64)
     for i in gl.static_range(BOXES):
-        k = rows.index(KEYS * BOXES + i).permute([1, 0])
-        scores = warpgroup_mma(rows.index(QUERIES * BOXES + i), k, scores, is_async=True)
+        k = rows.index(KEYS).slice(i * ROWS, ROWS).permute([1, 0])
+        scores = warpgroup_mma(rows.index(QUERIES).slice(i * ROWS, ROWS), k, scores, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
     scores *= gl.cast(scale, gl.float32) * 1.4426950408889634
     m_M = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS_64))
@@ -131,7 +130,7 @@ def attend(
     at = acc_ptr + ((head * parts + part) * ROWS + m_M[:, None]) * H + n[None, :]
     for i in gl.static_range(BOXES):
         acc = gl.zeros([ROWS, BOX], gl.float32, layout=SUMS_64)
-        acc = warpgroup_mma(probs, rows.index(VALUES * BOXES + i), acc, is_async=True)
+        acc = warpgroup_mma(probs, rows.index(VALUES).slice(i * ROWS, ROWS), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         gl.store(at + i * BOX, acc, mask=(m_M < M)[:, None] & (n >= 0)[None, :])
     barrier()  # nobody reads the slots any more
@@ -166,7 +165,7 @@ def mix(
         total += totals[part] * weight
         out += accs[part] * weight
     out = out / total
-    at = mixed_ptr + m_M1 * (HEADS * H) + head * H + h
+    at = mixed_ptr + place(m_M1, head * H + h)
     gl.store(at, out.to(mixed_ptr.dtype.element_ty), mask=(m_M1 < M) & (h >= 0))
 
 
@@ -203,7 +202,7 @@ def add(
     gl.store(x_ptr + at, rounded, mask=inside)
     scale = 1.0 + gl.load(scale_ptr + n_1N).to(gl.float32)
     xs = (rounded.to(gl.float32) * scale).to(kind)
-    gl.store(xs_ptr + at, xs, mask=inside)
+    gl.store(xs_ptr + place(m_M[:, None], n_1N), xs, mask=inside)
     gl.store(out_ptr + at, xs, mask=inside & (m_M < ending)[:, None])
     gl.store(squares_ptr + tile * M + m_M, gl.sum(x * x, axis=1), mask=m_M < M)
 
@@ -221,4 +220,4 @@ def hide(z, tile, by_row, offset_ptr, hidden_ptr, M, F: gl.constexpr):
         gated += gl.load(offset_ptr + n_1N)
         up += gl.load(offset_ptr + F + n_1N)
     y = activate(gated, "gelu_tanh") * up
-    gl.store(hidden_ptr + m_M1 * F + n_1N, y.to(hidden_ptr.dtype.element_ty), mask=(m_M1 < M) & (n_1N < F))
+    gl.store(hidden_ptr + place(m_M1, n_1N), y.to(hidden_ptr.dtype.element_ty), mask=(m_M1 < M) & (n_1N < F))
