@@ -128,7 +128,8 @@ _FOOT = """
   are left alone, and so are those of other hosts and other containers, where this cannot be known. A host that was
   started anew is told from another one of its name by that digest; without one its runs stay as they are.
 * **A sweep** ends with a line that says whether the study is complete, or which points are missing. The same command
-  measures only those; `measure=explain` asks without measuring. `resume=false` measures all of them anew.
+  measures only those, also after Ctrl-C; `measure=explain` asks without measuring, and answers for each `measure=` that
+  points were measured with. `resume=false` measures all of them anew.
 
 What is not injected here: errors of a real GPU, which `tests/test_faults_gpu.py` has for a machine with one, and a
 kill by Linux for want of memory, which is tested with a count that is made up.

@@ -85,5 +85,5 @@ def test_torn_file_is_measured_again(run, file, capsys):
 
 def test_explained_as_it_would_be_done(file, tmp_path):
     words = ("model=tiny", "measure=explain", "measure.device=cpu", f"track.root={tmp_path / 'fresh'}")
-    for more, settled in (((), False), ((f"track.results={tmp_path / 'results'}",), True)):
-        assert explain_point(compose.from_words((*words, *more)))["explained"]["settled"] is settled
+    for more, count in (((), 0), ((f"track.results={tmp_path / 'results'}",), 1)):
+        assert len(explain_point(compose.from_words((*words, *more)))["explained"]["settled"]) == count
