@@ -126,12 +126,14 @@ def interpreted(request) -> dict[tuple[str, ...], Any]:
 
 
 @interprets
+@pytest.mark.timeout(2400)  # the first of these waits for the process in which all are interpreted
 @pytest.mark.parametrize("point", points("right", RIGHT, RIGHT_SLOWLY))
 def test_actions_are_the_same(point, interpreted):
     assert interpreted[point] <= FP32_LIMIT
 
 
 @interprets
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize("point", points("wrong", WRONG, WRONG_SLOWLY))
 def test_what_a_kernel_call_loses_is_found(point, interpreted):
     assert interpreted[point] > FP32_LIMIT

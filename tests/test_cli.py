@@ -234,7 +234,7 @@ def file_in_place(folder):
         pytest.param(["stack=nope"], ["stack/nope", "0_eager"], marks=pytest.mark.slow),
         pytest.param(["workload.bach=2"], ["workload.bach"], marks=pytest.mark.slow),
         pytest.param(["attention=null"], ["Config group override"], marks=pytest.mark.slow),
-        pytest.param(["foo=1"], ["'foo'"], marks=pytest.mark.slow),
+        pytest.param(["foo=1"], ["foo: there is no group or setting foo"], marks=pytest.mark.slow),
         (["+foo=1"], ["foo: no such setting", "resume", "workload"]),
         pytest.param(["+workload.foo=1"], ["workload.foo"], marks=pytest.mark.slow),
         pytest.param(["+attention.foo=1"], ["attention.foo"], marks=pytest.mark.slow),

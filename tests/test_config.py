@@ -32,7 +32,7 @@ EXPECTED = {
     "gemm_efficiency": 14,
     "graph_capture": 6,
     "graph_granularity": 10,
-    "kernels": 22,
+    "kernels": 23,
     "ladder": 30,
     "ladder_layers": 5,
     "masking": 9,
