@@ -63,6 +63,9 @@ class Paced:
     def params(self) -> dict[str, str]:
         return {"subject.ms": str(self.ms)}
 
+    def files(self) -> dict[str, Any]:
+        return {}
+
     def preflight(self) -> None:
         pass
 
