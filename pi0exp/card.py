@@ -22,11 +22,11 @@ def show(made: Table) -> None:
     """A table folds on a terminal; in a file or pipe each point is one line."""
     screen = console()
     if screen.is_terminal:
-        screen.print(made)
+        screen.print(made, markup=False)
         return
     wide = Console(highlight=False, width=TABLE_WIDTH)
     with wide.capture() as text:
-        wide.print(made)
+        wide.print(made, markup=False)
     print("\n".join(line.rstrip() for line in text.get().splitlines()))
 
 

@@ -38,7 +38,7 @@ def explain_point(plain: dict[str, Any]) -> dict[str, Any]:
     thing.preflight()
     params, reasons = run_params(plain, thing), lacking + thing.unmet(machine)
 
-    experiment, records = experiment_of(plain), known_records(run)
+    experiment, records = experiment_of(plain, thing), known_records(run)
     same = list(same_point(records, experiment))
     here = [known for known in same if _is_of_this(known, experiment, machine)]
     elsewhere = [known for known in same if known not in here]

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from pi0exp import compose, config, interrupts, intervals, pipes
 from pi0exp.baseline import Entry, changed, foreign, read_baseline, try_baseline, write_baseline
-from pi0exp.card import console
+from pi0exp.card import show
 from pi0exp.comparison import ratio_text
 from pi0exp.errors import UserError
 from pi0exp.measure import fingerprint, target_machine
@@ -224,7 +224,7 @@ def gate(given: argparse.Namespace) -> int:
         margins = {"margin": given.margin, "error_margin": given.error_margin, "confidence": intervals.CONFIDENCE}
         print(json.dumps({"regressed": regressed, **margins, "checks": [asdict(one) for one in checks]}, indent=2))
     else:
-        console().print(table(checks), markup=False)
+        show(table(checks))
         for line in dict.fromkeys(text for one in checks for text in one.changed):
             print(f"since the baseline: {line}")
     return REGRESSED if regressed else 0

@@ -187,7 +187,7 @@ class Operands:
         plain = compose.from_words([f"stack={stack}", *self.words])
         thing = subject.subject(plain)
         params = run_params(plain, thing)
-        return Asked(name_of(params), experiment_of(plain), params, thing.numerics.name)
+        return Asked(name_of(params), experiment_of(plain, thing), params, thing.numerics.name)
 
     def _stack(self, text: str) -> str | None:
         """The stack's name if `text` means a stack."""

@@ -80,13 +80,15 @@ def closing(study: str, points: list[dict[str, Any]], explained: bool) -> str:
 
 def _closing_explained(study: str, points: list[dict[str, Any]]) -> str:
     """A line for each `measure=` with which some points are settled, the most complete first."""
-    ways = Counter(how for point in points if EXPLAINED in point for how in point[EXPLAINED]["settled"])
+    measured = [set(point[EXPLAINED]["settled"]) if EXPLAINED in point else set() for point in points]
+    ways = Counter(how for one in measured for how in one)
+    if not ways:
+        return f"study {study}: 0 of {len(points)} points settled"
     lines = []
-    for how, count in ways.most_common() or [("", 0)]:
-        head = f"study {study}: {count} of {len(points)} points settled{f' with {how}' if how else ''}"
-        lacking = [f"#{i}" for i, point in enumerate(points) if how not in point.get(EXPLAINED, {}).get("settled", [])]
-        lines.append(f"{head}; a run with it measures only {', '.join(lacking)}" if lacking and how else head)
-        lines[-1] += "" if lacking else ", complete"
+    for how, count in ways.most_common():
+        lacking = ", ".join(f"#{i}" for i, one in enumerate(measured) if how not in one)
+        rest = f"; a run with it measures only {lacking}" if lacking else ", complete"
+        lines.append(f"study {study}: {count} of {len(points)} points settled with {how}{rest}")
     return "\n".join(lines)
 
 

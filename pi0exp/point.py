@@ -43,7 +43,7 @@ def measure_point(plain: dict[str, Any]) -> dict[str, Any]:
         try_folder(results)
     with interrupts.held():
         recover(store, run.name)
-    experiment = experiment_of(plain)
+    experiment = experiment_of(plain, thing)
     key, params = point_key(experiment, machine.identity()), run_params(plain, thing)
     name = title(params)
     if run.resume and (settled := measured_before(store, results, run.name, key)) is not None:
@@ -141,15 +141,17 @@ def tell(text: str) -> None:
     print(f"pi0exp: {' '.join(text.split())}", file=sys.stderr, flush=True)
 
 
-def experiment_of(plain: dict[str, Any]) -> dict[str, Any]:
+def experiment_of(plain: dict[str, Any], thing: subject.Subject | None = None) -> dict[str, Any]:
     """What makes the point: all that is asked, and of what it names the code of others and the content of files.
+
+    thing: its subject, if there is one already, which has opened its files.
 
     Raises UserError for a file that cannot be read.
     """
     experiment = {name: part for name, part in plain.items() if name not in FRAME}
     experiment["names"] = {group: name for group, name in plain["names"].items() if group not in LABELS}
     sources = plugins.foreign_sources(experiment)
-    files = file_digests(plain) | subject_digests(subject.subject(plain))
+    files = file_digests(plain) | subject_digests(thing or subject.subject(plain))
     return experiment | ({"plugins": sources} if sources else {}) | ({"files": files} if files else {})
 
 

@@ -100,7 +100,7 @@ class Normalization:
 
 
 def statistics_files(checkpoint: Path) -> list[Path]:
-    """A name can have slashes: physical-intelligence/libero."""
+    """Each robot's, in a folder of its name, which can have slashes: physical-intelligence/libero."""
     return sorted((checkpoint / "assets").rglob("norm_stats.json"))
 
 

@@ -105,12 +105,13 @@ def test_columns_that_another_tells_are_left_out():
 
 
 def test_a_point_is_one_line_where_nobody_folds_it(capsys):
-    long = LADDER[0] | {"outcome": "unsupported", "reasons": [f"needs what is not there, reason {i}" for i in range(9)]}
+    reasons = [f"needs what is not there [denoise], reason {i}" for i in range(9)]
+    long = LADDER[0] | {"outcome": "unsupported", "reasons": reasons}
     card.show(card.table([*LADDER[1:], long]))
     head, *lines = capsys.readouterr().out.splitlines()
     assert head.split()[:4] == ["#", "stack", "workload", "model.seed"]
     assert [line.split()[0] for line in lines] == ["0", "1", "2"]
-    assert lines[2].endswith("reason 8")
+    assert lines[2].endswith("[denoise], reason 8"), "brackets are no markup"
     assert lines[0] == lines[0].rstrip()
 
 

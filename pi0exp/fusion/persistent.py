@@ -101,9 +101,11 @@ def form_for(rows: int, ring: bool, wide: bool) -> Form | None:
     from pi0exp.kernels import stream_pack
     from pi0exp.kernels import wide as wide_products
 
-    few = Form(stream_pack.ROWS.value, through_a_ring if ring else in_registers)
-    many = Form(wide_products.ROWS.value, through_a_wide_ring)
-    return next((form for form in (few, many) if rows <= form.rows and (wide or form is few)), None)
+    if rows <= (few := stream_pack.ROWS.value):
+        return Form(few, through_a_ring if ring else in_registers)
+    if wide and rows <= (many := wide_products.ROWS.value):
+        return Form(many, through_a_wide_ring)
+    return None
 
 
 def in_registers(weights: "Weights", head_dim: int) -> Launch:
@@ -123,11 +125,7 @@ def through_a_ring(weights: "Weights", head_dim: int) -> Launch:
     from pi0exp.kernels.ring_pack import misfit, packed_ring
     from pi0exp.kernels.stream_ring import stream_ring
 
-    (_, width, heads), hidden = weights.out_LDK.shape, weights.down_LDF.shape[2]
-    if why := misfit(width, head_dim, hidden, heads // head_dim, weights.qkv_LCD.shape[1] // head_dim):
-        raise UnsupportedError(f"ring: {why}")
-    packed = packed_ring(weights, head_dim)
-    return lambda tokens_BTD, *rest: stream_ring(tokens_BTD, packed, *rest)
+    return _in_chunks("ring", misfit, packed_ring, stream_ring, weights, head_dim)
 
 
 def through_a_wide_ring(weights: "Weights", head_dim: int) -> Launch:
@@ -135,11 +133,18 @@ def through_a_wide_ring(weights: "Weights", head_dim: int) -> Launch:
     from pi0exp.kernels.stream_wide import stream_wide
     from pi0exp.kernels.wide_pack import misfit, packed_wide
 
+    return _in_chunks("wide", misfit, packed_wide, stream_wide, weights, head_dim)
+
+
+def _in_chunks(
+    switch: str, misfit: Callable[..., str], pack: Callable[["Weights", int], Tensor], op: Launch,
+    weights: "Weights", head_dim: int,
+) -> Launch:  # fmt: skip
     (_, width, heads), hidden = weights.out_LDK.shape, weights.down_LDF.shape[2]
     if why := misfit(width, head_dim, hidden, heads // head_dim, weights.qkv_LCD.shape[1] // head_dim):
-        raise UnsupportedError(f"wide: {why}")
-    packed = packed_wide(weights, head_dim)
-    return lambda tokens_BTD, *rest: stream_wide(tokens_BTD, packed, *rest)
+        raise UnsupportedError(f"{switch}: {why}")
+    packed = pack(weights, head_dim)
+    return lambda tokens_BTD, *rest: op(tokens_BTD, packed, *rest)
 
 
 def one_room(cache: Sequence[LayerCache]) -> Tensor:
