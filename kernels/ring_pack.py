@@ -80,11 +80,11 @@ def query_heads(D: int, P: int, chunks: int, H: int) -> int:
     return of_out * groups * BK_OUT // H
 
 
-def unpacked_ring(weights_PLCV: Tensor, D: int, H: int, C: int) -> Weights:
-    """The weights as `packed_ring` was given them; C: rows of w_qkv."""
+def unpacked_ring(weights_PLCV: Tensor, D: int, H: int, heads: int) -> Weights:
+    """The weights as `packed_ring` was given them; heads: of keys and values together."""
     P, L, chunks, _ = weights_PLCV.shape
     F, K = HIDDEN_COLUMNS.value * P, query_heads(D, P, chunks, H) * H
-    sizes = [(L, C, D), (L, D, K), (L, 2 * F, D), (L, D, F)]
+    sizes = [(L, K + heads * H, D), (L, D, K), (L, 2 * F, D), (L, D, F)]
     return unordered(weights_PLCV, sizes, lambda plain: packed_ring(plain, H))
 
 

@@ -9,7 +9,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from pi0exp.kernels.gemm_epilogue import activate
 from pi0exp.kernels.ring import (
     CACHE,
     FLAT,
@@ -28,17 +27,8 @@ from pi0exp.kernels.ring import (
     G,
     take,
 )  # fmt: skip
+from pi0exp.kernels.step_phases import activated, deliver, inverse_rms, settle, softmax, weighed
 from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, MIXED, PAIRS, place
-
-
-@gluon.jit
-def inverse_rms(squares_ptr, M, D, eps, TILES: gl.constexpr):
-    """1 / rms of the rows, whose sums of squares are [TILES, M]."""
-    t_T = gl.arange(0, TILES, layout=gl.SliceLayout(0, SQUARES))
-    m_M = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SQUARES))
-    inside = (m_M < M)[:, None] & (t_T >= 0)[None, :]
-    squares = gl.load(squares_ptr + t_T[None, :] * M + m_M[:, None], mask=inside, other=0.0, cache_modifier=".cg")
-    return gl.rsqrt(gl.sum(squares, axis=1) / D + gl.cast(eps, gl.float32))
 
 
 @gluon.jit
@@ -49,8 +39,7 @@ def project(
     TILES: gl.constexpr,
 ):  # fmt: skip
     """PAIRS pairs of one head: product, norm, rotation, and the way to q, k or v."""
-    HALF: gl.constexpr = H // 2
-    by_row = inverse_rms(squares_ptr, M, D, eps, TILES)
+    by_row = inverse_rms(squares_ptr, M, D, eps, TILES, ROWS, SQUARES)
     acc = gl.zeros([G, ROWS, 2 * PAIRS], gl.float32, layout=PRODUCT)
     for step in gl.static_range(D // (G * BK)):
         acc = mma_v2(x[step], take(ring, ready, taken + step, 2 * PAIRS, BK), acc)
@@ -58,28 +47,10 @@ def project(
     z = gl.sum(gl.convert_layout(gl.permute(acc, [0, 2, 1, 3]), SUMS_PAIRS), axis=3)
     low, high = gl.split(z)
     low, high = gl.convert_layout(low, TILE_16), gl.convert_layout(high, TILE_16)
-    by_row = gl.convert_layout(by_row, gl.SliceLayout(1, TILE_16))
-    head = tile // (HALF // PAIRS)
-    d_1P = ((tile % (HALF // PAIRS)) * PAIRS + gl.arange(0, PAIRS, layout=gl.SliceLayout(0, TILE_16)))[None, :]
-    m_M1 = gl.arange(0, ROWS, layout=gl.SliceLayout(1, TILE_16))[:, None]
-    inside = (m_M1 < M) & (d_1P < HALF)
-    low, high = low * by_row[:, None], high * by_row[:, None]
-    if offset_ptr is not None:
-        low += gl.load(offset_ptr + head * H + d_1P)
-        high += gl.load(offset_ptr + head * H + HALF + d_1P)
-    if head < HEADS + HEADS_KV:
-        cos = gl.load(cos_ptr + m_M1 * cos_T + d_1P, mask=inside, other=0.0).to(gl.float32)
-        sin = gl.load(sin_ptr + m_M1 * sin_T + d_1P, mask=inside, other=0.0).to(gl.float32)
-        low, high = low * cos - high * sin, high * cos + low * sin
-    kind = q_ptr.dtype.element_ty
-    if head < HEADS:
-        to = q_ptr + (m_M1 * HEADS + head) * H + d_1P
-    elif head < HEADS + HEADS_KV:
-        to = k_ptr + (start + m_M1) * k_S + (head - HEADS) * H + d_1P
-    else:
-        to = v_ptr + (start + m_M1) * v_S + (head - HEADS - HEADS_KV) * H + d_1P
-    gl.store(to, low.to(kind), mask=inside)
-    gl.store(to + HALF, high.to(kind), mask=inside)
+    deliver(
+        low, high, by_row, tile, offset_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, v_ptr, M, start, cos_T, sin_T, k_S, v_S,
+        HEADS, HEADS_KV, H, ROWS, TILE_16,
+    )  # fmt: skip
 
 
 # Keys and values, too, are read into the lanes that multiply them, 16 and 8 bytes at once: what a product sums over,
@@ -135,20 +106,12 @@ def attend(
     q = gl.permute(gl.reshape(q, [ROWS, H // 32, 4, 2, 2, 2]), [0, 1, 3, 4, 2, 5])
     q = gl.convert_layout(gl.reshape(q, [ROWS, H]), SCORES_LEFT)
     scores = mma_v2(q, k, gl.zeros([ROWS, BN], gl.float32, layout=SCORES))
-    scores *= gl.cast(scale, gl.float32) * 1.4426950408889634
-    m_M = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
-    key = part * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, SCORES))
-    if MASKED:
-        seen = gl.load(keys_ptr + key, mask=key < S, other=0).to(gl.int1)
-        scores = gl.where(seen[None, :], scores, HIDDEN)
-    if BLIND:
-        scores = gl.where((m_M == 0)[:, None] & (key > S - M)[None, :], HIDDEN, scores)
-    scores = gl.where((key < S)[None, :], scores, float("-inf"))  # not HIDDEN: these are no keys at all
-    largest = gl.max(scores, 1)
-    probs = gl.exp2(scores - largest[:, None])
-    total = gl.sum(probs, 1)
+    probs, largest, total = softmax(
+        scores, part, keys_ptr, M, S, scale, ROWS, BN, SCORES, MASKED, BLIND, HIDDEN
+    )  # fmt: skip
     probs = gl.convert_layout(probs.to(gl.bfloat16), SCORES_LEFT)
     acc = mma_v2(probs, v, gl.zeros([ROWS, H], gl.float32, layout=SCORES))
+    m_M = gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     n = gl.arange(0, H, layout=gl.SliceLayout(0, SCORES))
     gl.store(acc_ptr + ((head * parts + part) * ROWS + m_M[:, None]) * H + n[None, :], acc)
     gl.store(stats_ptr + (head * 2 * parts + part) * ROWS + m_M, largest)
@@ -164,27 +127,7 @@ def mix(
     head = item // (H // MIXED)
     n = (item % (H // MIXED)) * MIXED + gl.arange(0, MIXED, layout=gl.SliceLayout(0, TILE_16))[None, :]
     m_M1 = gl.arange(0, ROWS, layout=gl.SliceLayout(1, TILE_16))[:, None]
-    # A part after the other, so that each thread has its values of all of them, and none waits for another's.
-    largest = ()  # type: Any
-    totals = ()  # type: Any
-    accs = ()  # type: Any
-    for part in gl.static_range(PARTS):
-        there = m_M1 < gl.where(part < parts, ROWS, 0)
-        at = stats_ptr + (head * 2 * parts + part) * ROWS + m_M1
-        largest = largest + (gl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg"),)  # noqa: RUF005
-        totals = totals + (gl.load(at + parts * ROWS, mask=there, other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
-        at = acc_ptr + ((head * parts + part) * ROWS + m_M1) * H + n
-        accs = accs + (gl.load(at, mask=there & (n >= 0), other=0.0, cache_modifier=".cg"),)  # noqa: RUF005
-    top = largest[0]
-    for part in gl.static_range(1, PARTS):
-        top = gl.maximum(top, largest[part])
-    total = gl.zeros([ROWS, 1], gl.float32, layout=TILE_16)
-    out = gl.zeros([ROWS, MIXED], gl.float32, layout=TILE_16)
-    for part in gl.static_range(PARTS):
-        weight = gl.exp2(largest[part] - top)
-        total += totals[part] * weight
-        out += accs[part] * weight
-    out = out / total
+    out = weighed(acc_ptr, stats_ptr, head, n, parts, ROWS, m_M1, H, PARTS, ROWS, TILE_16)
     h = n // 8 % (H // 32) * 32 + n % 8 * 4 + n // (H // 4)
     gl.store(mixed_ptr + place(m_M1, head * H + h, G, BK), out.to(mixed_ptr.dtype.element_ty))
 
@@ -200,19 +143,8 @@ def add(
     """
     m_M = gl.arange(0, ROWS, layout=gl.SliceLayout(1, TILE_8))
     n_1N = (tile * COLUMNS + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, TILE_8)))[None, :]
-    inside = (m_M < M)[:, None] & (n_1N < D)
-    at = m_M[:, None] * D + n_1N
-    if gate_ptr is not None:
-        branch *= gl.load(gate_ptr + n_1N).to(gl.float32)
-    kind = x_ptr.dtype.element_ty
-    x = gl.where(inside, branch + gl.load(from_ptr + at, mask=inside, other=0.0).to(gl.float32), 0.0)
-    rounded = x.to(kind)
-    gl.store(x_ptr + at, rounded, mask=inside)
-    scale = 1.0 + gl.load(scale_ptr + n_1N).to(gl.float32)
-    xs = (rounded.to(gl.float32) * scale).to(kind)
-    gl.store(xs_ptr + place(m_M[:, None], n_1N, G, BK), xs)
-    gl.store(out_ptr + at, xs, mask=inside & (m_M < ending)[:, None])
-    gl.store(squares_ptr + tile * M + m_M, gl.sum(x * x, axis=1), mask=m_M < M)
+    xs_at = xs_ptr + place(m_M[:, None], n_1N, G, BK)
+    settle(branch, m_M, n_1N, gate_ptr, from_ptr, scale_ptr, x_ptr, xs_at, out_ptr, squares_ptr, tile, M, ending, D)
 
 
 @gluon.jit
@@ -221,7 +153,7 @@ def hide(
     D: gl.constexpr, F: gl.constexpr, BK: gl.constexpr, BK_F: gl.constexpr, TILES: gl.constexpr,
 ):  # fmt: skip
     """HIDDEN_COLUMNS columns of gelu_tanh(gate) * up: product, norm, activation. Chunks of gate and up take turns."""
-    by_row = gl.convert_layout(inverse_rms(squares_ptr, M, D, eps, TILES), gl.SliceLayout(1, TILE_32))
+    by_row = gl.convert_layout(inverse_rms(squares_ptr, M, D, eps, TILES, ROWS, SQUARES), gl.SliceLayout(1, TILE_32))
     gated = gl.zeros([G, ROWS, HIDDEN_COLUMNS], gl.float32, layout=PRODUCT)
     up = gl.zeros([G, ROWS, HIDDEN_COLUMNS], gl.float32, layout=PRODUCT)
     for step in gl.static_range(D // (G * BK)):
@@ -229,11 +161,7 @@ def hide(
         up = mma_v2(x[step], take(ring, ready, taken + 2 * step + 1, HIDDEN_COLUMNS, BK), up)
     gated = gl.convert_layout(gl.sum(gl.convert_layout(gl.permute(gated, [1, 2, 0]), SUMS_32), axis=2), TILE_32)
     up = gl.convert_layout(gl.sum(gl.convert_layout(gl.permute(up, [1, 2, 0]), SUMS_32), axis=2), TILE_32)
-    gated, up = gated * by_row[:, None], up * by_row[:, None]
     m_M1 = gl.arange(0, ROWS, layout=gl.SliceLayout(1, TILE_32))[:, None]
     n_1N = (tile * HIDDEN_COLUMNS + gl.arange(0, HIDDEN_COLUMNS, layout=gl.SliceLayout(0, TILE_32)))[None, :]
-    if offset_ptr is not None:
-        gated += gl.load(offset_ptr + n_1N)
-        up += gl.load(offset_ptr + F + n_1N)
-    y = activate(gated, "gelu_tanh") * up
+    y = activated(gated, up, by_row, n_1N, offset_ptr, F)
     gl.store(hidden_ptr + place(m_M1, n_1N, G, BK_F), y.to(hidden_ptr.dtype.element_ty))

@@ -18,6 +18,8 @@ Shapes: T rows, D width, L layers, C = (N + 2 K) H rows of w_qkv, N query heads,
 width, S rows of the cache.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -53,6 +55,28 @@ def stream_layers_reference(
         tokens_BTD, weights, scales_ND, gates_ND, qkv_offsets_LC, gate_up_offsets_LC, cos_BT1H, sin_BT1H, rooms_LBSMH,
         start, keys_BS, blind, scale, settled, eps, slots,
     )  # fmt: skip
+
+
+def chunks_reference(unpacked: Callable[[Tensor, int, int, int], Weights]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The maths of `stream_layers` for an op whose weights are chunks of one tensor, by the references of its launches.
+
+    unpacked: chunks, D, head dim, heads of keys and values together -> the weights.
+    """
+
+    def reference(
+        tokens_BTD: Tensor, weights_PLCV: Tensor, scales_ND: Tensor, gates_ND: Tensor | None,
+        qkv_offsets_LC: Tensor | None, gate_up_offsets_LC: Tensor | None, cos_BT1H: Tensor, sin_BT1H: Tensor,
+        rooms_LBSMH: Tensor, start: int, keys_BS: Tensor | None, blind: bool, scale: float, settled: int, eps: float,
+        slots: Tensor, clocks: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        heads, H = rooms_LBSMH.shape[3:]
+        weights = unpacked(weights_PLCV, tokens_BTD.shape[2], H, heads)
+        return layers_reference(
+            tokens_BTD, weights, scales_ND, gates_ND, qkv_offsets_LC, gate_up_offsets_LC, cos_BT1H, sin_BT1H,
+            rooms_LBSMH, start, keys_BS, blind, scale, settled, eps, slots,
+        )  # fmt: skip
+
+    return reference
 
 
 def layers_reference(

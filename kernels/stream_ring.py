@@ -50,25 +50,9 @@ from pi0exp.kernels.ring import (
 from pi0exp.kernels.ring_pack import BK_D, BK_F, BK_OUT, BN, misfit, packed_ring, query_heads, unpacked_ring
 from pi0exp.kernels.ring_phases import add, attend, hide, keys_of, mix, project, queries_of, values_of
 from pi0exp.kernels.step import Sizes, launch_arguments
-from pi0exp.kernels.stream_layers import UNROLLED, layers_reference
+from pi0exp.kernels.stream_layers import UNROLLED, chunks_reference
 from pi0exp.kernels.stream_layers_cases import PI0, SIZES, case, types_of
 from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, MIXED, PAIRS, Weights
-
-
-def stream_ring_reference(
-    tokens_BTD: Tensor, weights_PLCV: Tensor, scales_ND: Tensor, gates_ND: Tensor | None,
-    qkv_offsets_LC: Tensor | None, gate_up_offsets_LC: Tensor | None, cos_BT1H: Tensor, sin_BT1H: Tensor,
-    rooms_LBSMH: Tensor, start: int, keys_BS: Tensor | None, blind: bool, scale: float, settled: int, eps: float,
-    slots: Tensor, clocks: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The maths of `stream_layers`, by the references of its launches."""
-    (*_, D), (*_, heads, H) = tokens_BTD.shape, rooms_LBSMH.shape
-    N = query_heads(D, weights_PLCV.shape[0], weights_PLCV.shape[2], H)
-    weights = unpacked_ring(weights_PLCV, D, H, (N + heads) * H)
-    return layers_reference(
-        tokens_BTD, weights, scales_ND, gates_ND, qkv_offsets_LC, gate_up_offsets_LC, cos_BT1H, sin_BT1H, rooms_LBSMH,
-        start, keys_BS, blind, scale, settled, eps, slots,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -268,7 +252,7 @@ KERNELS = (
     Kernel(
         "stream_ring",
         stream_ring,
-        stream_ring_reference,
+        chunks_reference(unpacked_ring),
         cases=(
             case("a step of 11 rows", 18, 11, PI0, start=788, settled=788, pi0=True, packed=_packed),
             case(

@@ -30,7 +30,8 @@ from pi0exp.kernels.kernel import AheadOfTime, Kernel, require
 from pi0exp.kernels.meetings import come, leave, meet
 from pi0exp.kernels.ring import barrier
 from pi0exp.kernels.step import Sizes, launch_arguments
-from pi0exp.kernels.stream_layers import UNROLLED, layers_reference
+from pi0exp.kernels.step_phases import inverse_rms
+from pi0exp.kernels.stream_layers import UNROLLED, chunks_reference
 from pi0exp.kernels.stream_layers_cases import PI0, SIZES, case, types_of
 from pi0exp.kernels.stream_pack import COLUMNS, HIDDEN_COLUMNS, MIXED, PAIRS, Weights
 from pi0exp.kernels.wide import (
@@ -39,6 +40,7 @@ from pi0exp.kernels.wide import (
     ROWS,
     SHARED,
     SLOTS,
+    SQUARES,
     SUMS_32,
     SUMS_64,
     WARPS,
@@ -52,7 +54,6 @@ from pi0exp.kernels.wide_phases import (
     add,
     attend,
     hide,
-    inverse_rms,
     keep,
     keep_block,
     leave_sums,
@@ -61,21 +62,6 @@ from pi0exp.kernels.wide_phases import (
 )  # fmt: skip
 
 PHASES = 8
-
-
-def stream_wide_reference(
-    tokens_BTD: Tensor, weights_PLCV: Tensor, scales_ND: Tensor, gates_ND: Tensor | None,
-    qkv_offsets_LC: Tensor | None, gate_up_offsets_LC: Tensor | None, cos_BT1H: Tensor, sin_BT1H: Tensor,
-    rooms_LBSMH: Tensor, start: int, keys_BS: Tensor | None, blind: bool, scale: float, settled: int, eps: float,
-    slots: Tensor, clocks: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The maths of `stream_layers`, by the references of its launches."""
-    D, (heads, H) = tokens_BTD.shape[2], rooms_LBSMH.shape[3:]
-    weights = unpacked_wide(weights_PLCV, D, H, (query_heads(D, weights_PLCV.shape[2], H) + heads) * H)
-    return layers_reference(
-        tokens_BTD, weights, scales_ND, gates_ND, qkv_offsets_LC, gate_up_offsets_LC, cos_BT1H, sin_BT1H, rooms_LBSMH,
-        start, keys_BS, blind, scale, settled, eps, slots,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -135,7 +121,7 @@ def stream_wide_kernel(
             offsets += layer * qkv_offsets_L
         cross(slots_ptr, slot, clocks_ptr)
         if me < QKV_TILES:
-            by_row = inverse_rms(squares_ptr, M, D, eps, TILES)
+            by_row = inverse_rms(squares_ptr, M, D, eps, TILES, ROWS, SQUARES)
             z = product(
                 xs, rows, there, seen, 0, weights, ring, ready, taken, total, base, 2 * PAIRS, GATE_UP, SUMS_32
             )  # fmt: skip
@@ -195,7 +181,7 @@ def stream_wide_kernel(
         if offsets is not None:
             offsets += layer * gate_up_offsets_L
         cross(slots_ptr, slot, clocks_ptr)
-        by_row = inverse_rms(squares_ptr, M, D, eps, TILES)
+        by_row = inverse_rms(squares_ptr, M, D, eps, TILES, ROWS, SQUARES)
         z = product(xs, rows, there, seen, 0, weights, ring, ready, taken, total, base, BOX, GATE_UP, SUMS_64)
         hide(z, me, by_row, offsets, hidden_ptr, M, F)
         taken += GATE_UP
@@ -286,7 +272,7 @@ KERNELS = (
     Kernel(
         "stream_wide",
         stream_wide,
-        stream_wide_reference,
+        chunks_reference(unpacked_wide),
         cases=(
             case("a step of 51 rows", 18, 51, PI0, start=788, settled=788, pi0=True, packed=_packed),
             case(

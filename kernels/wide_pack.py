@@ -63,11 +63,11 @@ def query_heads(D: int, chunks: int, H: int) -> int:
     return int(of_out * PARTS * STEP // H)
 
 
-def unpacked_wide(weights_PLCV: Tensor, D: int, H: int, C: int) -> Weights:
-    """The weights as `packed_wide` was given them; C: rows of w_qkv."""
+def unpacked_wide(weights_PLCV: Tensor, D: int, H: int, heads: int) -> Weights:
+    """The weights as `packed_wide` was given them; heads: of keys and values together."""
     P, L, chunks, _ = weights_PLCV.shape
     F, K = HIDDEN_COLUMNS.value * P, query_heads(D, chunks, H) * H
-    sizes = [(L, C, D), (L, D, K), (L, 2 * F, D), (L, D, F)]
+    sizes = [(L, K + heads * H, D), (L, D, K), (L, 2 * F, D), (L, D, F)]
     return unordered(weights_PLCV, sizes, lambda plain: packed_wide(plain, H))
 
 

@@ -15,6 +15,7 @@ from pi0exp.kernels import (
     meetings,
     ring,
     ring_phases,
+    step_phases,
     stream_layers_cases,
     stream_pack,
     stream_ring,
@@ -40,7 +41,7 @@ def test_every_kernel_in_gluon_is_here():
     assert {name for name, one in discover().items() if not one.interpretable} == {"stream_ring", "stream_wide"}
 
 
-SHARED = (gemm_epilogue, meetings, stream_pack)
+SHARED = (gemm_epilogue, meetings, step_phases, stream_pack)
 MODULES = {
     "stream_ring": (stream_ring, ring, ring_phases, *SHARED),
     "stream_wide": (stream_wide, wide, wide_phases, ring, *SHARED),

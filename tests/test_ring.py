@@ -6,6 +6,7 @@ The kernel itself is compiled in `test_kernels_aot`, interpreted in `test_gluon`
 
 import pytest
 import torch
+from step_weights import C, D, F, H, L, N, P, random_weights
 from torch import Tensor
 
 from pi0exp.errors import UnsupportedError
@@ -13,16 +14,12 @@ from pi0exp.fusion.persistent import through_a_ring
 from pi0exp.kernels.ring_pack import BK_D, BK_F, BK_OUT, misfit, packed_ring, query_heads, scheduled, unpacked_ring
 from pi0exp.kernels.stream_pack import Weights
 
-L, D, N, H, F = 2, 1024, 8, 256, 4096
-C, P = (N + 2) * H, D // 8
 QKV, OUT, GATE_UP, DOWN = D // (8 * BK_D), N * H // (8 * BK_OUT), 2 * D // (8 * BK_D), F // (8 * BK_F)
 
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    generator = torch.Generator().manual_seed(0)
-    sizes = ((L, C, D), (L, D, N * H), (L, 2 * F, D), (L, D, F))
-    return Weights(*(torch.randn(size, generator=generator).bfloat16() for size in sizes))
+    return random_weights()
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +54,7 @@ def test_a_program_has_the_rows_of_its_tiles(program: int, weights: Weights, rin
 
 def test_the_weights_come_back(weights: Weights, ring: Tensor):
     assert query_heads(D, P, ring.shape[2], H) == N
-    assert all(map(torch.equal, unpacked_ring(ring, D, H, C), weights))
+    assert all(map(torch.equal, unpacked_ring(ring, D, H, 2), weights))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ The kernel itself is compiled in `test_kernels_aot`, interpreted in `test_gluon`
 
 import pytest
 import torch
+from step_weights import C, D, F, H, L, N, P, random_weights
 from torch import Tensor
 
 from pi0exp.errors import UnsupportedError
@@ -16,16 +17,12 @@ from pi0exp.fusion.persistent import form_for, through_a_wide_ring
 from pi0exp.kernels.stream_pack import Weights
 from pi0exp.kernels.wide_pack import misfit, packed_wide, query_heads, unpacked_wide
 
-L, D, N, H, F = 2, 1024, 8, 256, 4096
-C, P = (N + 2) * H, D // 8
 QKV, OUT, GATE_UP, DOWN = 2, 1, 4, 2
 
 
 @pytest.fixture(scope="module")
 def weights() -> Weights:
-    generator = torch.Generator().manual_seed(0)
-    sizes = ((L, C, D), (L, D, N * H), (L, 2 * F, D), (L, D, F))
-    return Weights(*(torch.randn(size, generator=generator).bfloat16() for size in sizes))
+    return random_weights()
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +57,7 @@ def test_a_program_has_the_rows_of_its_tiles(program: int, weights: Weights, wid
 
 def test_the_weights_come_back(weights: Weights, wide: Tensor):
     assert query_heads(D, wide.shape[2], H) == N
-    assert all(map(torch.equal, unpacked_wide(wide, D, H, C), weights))
+    assert all(map(torch.equal, unpacked_wide(wide, D, H, 2), weights))
 
 
 @pytest.mark.parametrize(
