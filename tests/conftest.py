@@ -70,3 +70,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     from pi0exp.graphs import capture
 
     monkeypatch.setattr(capture, "Graph", PretendedGraph)
+
+
+@pytest.fixture
+def study(request: pytest.FixtureRequest) -> str:
+    """A study of a test's own, in a store that it shares with others."""
+    return "".join(c if c.isalnum() else "_" for c in request.node.name)

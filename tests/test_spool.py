@@ -37,11 +37,6 @@ def store(root) -> Store:
     return Store.open(None, root)
 
 
-@pytest.fixture
-def study(request) -> str:
-    return "".join(c if c.isalnum() else "_" for c in request.node.name)
-
-
 def begun(store: Store, one: dict, owner: Owner = DEAD) -> str:
     """A run without a result, of a process that is gone."""
     return store.start(one["study"], "sdpa", one["key"], one["params"], {"owner": str(owner)})

@@ -46,11 +46,6 @@ def store(root) -> Store:
     return Store.open(None, root)
 
 
-@pytest.fixture
-def study(request) -> str:
-    return "".join(c if c.isalnum() else "_" for c in request.node.name)
-
-
 @pytest.fixture(scope="module")
 def client(store):
     return store._client
