@@ -45,6 +45,7 @@ from pi0exp.kernels.wide import (
     SUMS_64,
     WARPS,
     ask,
+    ask_later,
     order_copies,
     product,
 )  # fmt: skip
@@ -134,6 +135,8 @@ def stream_wide_kernel(
 
         slot += 1
         come(slots_ptr, slot, clocks_ptr, False)
+        if me < QKV_TILES:
+            ask_later(weights, ring, ready, taken, total, base, QKV)
 
         # Attention: rows of a head against blocks of keys. What stood in the cache before is read before the meeting.
         item = me
@@ -166,6 +169,7 @@ def stream_wide_kernel(
 
         slot += 1
         come(slots_ptr, slot, clocks_ptr, False)
+        ask_later(weights, ring, ready, taken, total, base, OUT)
         gates = gates_ptr
         if gates is not None:
             gates += 2 * layer * gates_N
@@ -188,7 +192,11 @@ def stream_wide_kernel(
         seen += GATE_UP
 
         slot += 1
-        cross(slots_ptr, slot, clocks_ptr)
+        order_copies(slot)
+        come(slots_ptr, slot, clocks_ptr, False)
+        ask_later(weights, ring, ready, taken, total, base, GATE_UP)
+        meet(slots_ptr, slot, clocks_ptr, False)
+        order_copies(slot)
         y = product(
             hidden, rows, there, seen, part * (F // SPLIT), weights, ring, ready, taken, total, base, BOX, DOWN, SUMS_64
         )  # fmt: skip
@@ -198,6 +206,7 @@ def stream_wide_kernel(
 
         slot += 1
         come(slots_ptr, slot, clocks_ptr, False)
+        ask_later(weights, ring, ready, taken, total, base, DOWN)
         gates = gates_ptr
         if gates is not None:
             gates += (2 * layer + 1) * gates_N

@@ -82,9 +82,10 @@ def product(
     x, rows, there, seen, k, weights, ring, ready, taken, total, base, N: gl.constexpr, STEPS: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """x w^T over STEPS chunks of x from column k on, [ROWS, N] in LAYOUT; each chunk makes room for a later one.
+    """x w^T over STEPS chunks of x from column k on, [ROWS, N] in LAYOUT.
 
-    seen, taken: chunks of x, and of weights, before this product.
+    seen, taken: chunks of x, and of weights, before this product. What comes SLOTS chunks behind its last SLOTS chunks
+    of weights is left to `ask_later`: reads under way when a program comes to a meeting would hold it up.
     """
     TURNS: gl.constexpr = BOX // N  # chunks of x for one of the weight
     for i in gl.static_range(min(STEPS, SLOTS)):
@@ -99,9 +100,16 @@ def product(
             w_box = ring.index(chunk % SLOTS).slice((i % TURNS * BOXES + j) * N, N)
             acc = warpgroup_mma(x_box, w_box.permute([1, 0]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        barrier()  # both warp groups have read
         if i + SLOTS < STEPS:
+            barrier()  # both warp groups have read
             ask_rows(x, rows, there, seen + i + SLOTS, k + (i + SLOTS) * BOXES * BOX)
-        if i % TURNS == TURNS - 1:
-            ask(weights, ring, ready, chunk + SLOTS, total, base)
+            if i % TURNS == TURNS - 1 and i // TURNS + SLOTS < STEPS // TURNS:
+                ask(weights, ring, ready, chunk + SLOTS, total, base)
     return acc
+
+
+@gluon.jit
+def ask_later(weights, ring, ready, taken, total, base, CHUNKS: gl.constexpr):
+    """What a product of CHUNKS chunks of weights, the last of all that were taken, made room for and did not ask for."""
+    for i in gl.static_range(min(SLOTS, CHUNKS)):
+        ask(weights, ring, ready, taken - min(SLOTS, CHUNKS) + SLOTS + i, total, base)

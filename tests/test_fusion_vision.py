@@ -42,7 +42,7 @@ def test_actions_are_the_same_with_patches_as_a_product():
     assert max(rel_l2(actions[1], actions[0])) <= FP32_LIMIT
 
 
-CUBLASLT = "fusion: gelu_epilogue is cuBLASLt's: gemm.vision must be blas or cublaslt, with addmm_lt"
+CUBLASLT = "fusion: gelu_epilogue is cuBLASLt's: gemm.vision must be blas or cublaslt, with addmm_lt, or lt_tuned"
 REFUSED = [
     ([], []),
     (["gemm=cublaslt"], []),

@@ -50,13 +50,15 @@ def clashes(stack: "Stack") -> list[str]:
     """Why the epilogue, which is cuBLASLt's, cannot stand beside other options."""
     from pi0exp.compile_mode.none import NoCompile
     from pi0exp.gemm.blas import Blas, Library
+    from pi0exp.gemm.lt_tuned import LtTuned
     from pi0exp.precision.fp8 import Fp8
     from pi0exp.precision.fp32 import Fp32
 
     reasons = []
     gemm = stack.gemm.at("vision")
-    if not isinstance(gemm, Blas) or gemm.library not in (Library.auto, Library.cublaslt) or not gemm.addmm_lt:
-        reasons.append(f"{EPILOGUE} is cuBLASLt's: gemm.vision must be blas or cublaslt, with addmm_lt")
+    by_lt = isinstance(gemm, Blas) and gemm.library in (Library.auto, Library.cublaslt) and gemm.addmm_lt
+    if not (by_lt or isinstance(gemm, LtTuned)):
+        reasons.append(f"{EPILOGUE} is cuBLASLt's: gemm.vision must be blas or cublaslt, with addmm_lt, or lt_tuned")
     if not isinstance(stack.compile_mode.at("vision"), NoCompile):
         reasons.append(f"{EPILOGUE} would be taken apart by a compiler: compile_mode.vision must be none")
     if isinstance(stack.precision, Fp8) and "vision" in stack.precision.stages():
