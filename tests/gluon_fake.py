@@ -1,8 +1,8 @@
 """A small interpreter for Gluon, which Triton has none for: the functions of a kernel run as Python, on torch tensors.
 
 It shows that a kernel computes the right values at the right places. Layouts are ignored, copies are there at once and
-barriers do nothing, so it does not show that programs wait where they must. Programs are threads that take turns only
-where they wait for one another.
+barriers of all warps do nothing, so it does not show that programs wait where they must. Programs, and parts of their
+warps, are threads that take turns only where they wait for one another.
 """
 
 import threading
@@ -106,7 +106,7 @@ def wait_until(pointer: Pointer, count: int) -> None:
     assert not _here.errors, "another program failed"
 
 
-def load_block(described: Any, at: Sequence[int], ready: object, target: Shared, pred: Any = True) -> None:
+def load_block(described: Any, at: Sequence[int], ready: Shared, target: Shared, pred: Any = True) -> None:
     """Rows and columns beyond the tensor are zeros, as the copy engine has them."""
     if not pred:
         return
@@ -114,6 +114,47 @@ def load_block(described: Any, at: Sequence[int], ready: object, target: Shared,
     part = described.base[at[0] : at[0] + rows, at[1] : at[1] + columns]
     target.tensor.zero_()
     target.tensor[: part.shape[0], : part.shape[1]] = part
+    arrive(ready)
+
+
+def arrive(bar: Shared) -> None:
+    """The barrier's count of phases that are over goes up: all barriers are of one arrival."""
+    with _changed:
+        bar.tensor += 1
+        _changed.notify_all()
+
+
+def wait_for_phase(bar: Shared, phase: int) -> None:
+    """Until the phase of this parity is over."""
+    with _changed:
+        there = _changed.wait_for(lambda: _here.errors or (int(bar.tensor) & 1) != phase, WAIT_S)
+    assert there, "a warp waits for what does not come"
+    assert not _here.errors, "another program failed"
+
+
+def warp_specialize(parts: Sequence[tuple[Any, tuple[Any, ...]]], warps: Sequence[int], regs: Sequence[int]) -> None:
+    """All but the first part in threads of their own."""
+    state = dict(vars(_here))
+    inference = torch.is_inference_mode_enabled()
+
+    def work(function: Any, given: tuple[Any, ...]) -> None:
+        vars(_here).update(state)
+        try:
+            with torch.inference_mode(inference):
+                function(*given)
+        except BaseException as error:
+            with _changed:
+                _here.errors.append(error)
+                _changed.notify_all()
+
+    threads = [threading.Thread(target=work, args=part, daemon=True) for part in parts[1:]]
+    for thread in threads:
+        thread.start()
+    function, given = parts[0]
+    function(*given)
+    for thread in threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), "a part of the warps has not ended"
 
 
 def product(left: Any, right: Any, acc: Tensor, is_async: bool = False) -> Tensor:
@@ -153,10 +194,10 @@ LANGUAGE = SimpleNamespace(
     exp=elementwise(torch.exp), sigmoid=torch.sigmoid, debug_barrier=lambda: None,
     exp2=elementwise(torch.exp2), rsqrt=elementwise(torch.rsqrt), load=load, store=store,
     atomic_add=atomic_add, program_id=lambda axis: _here.program, num_programs=lambda axis: _here.programs,
-    allocate_shared_memory=lambda dtype, shape, layout: Shared(torch.zeros(shape, dtype=dtype)),
+    warp_specialize=warp_specialize, allocate_shared_memory=lambda dtype, shape, layout: Shared(torch.zeros(shape, dtype=dtype)),
 )  # fmt: skip
 MBARRIER = SimpleNamespace(
-    init=lambda bar, count: None, expect=lambda bar, size, pred=True: None, wait=lambda bar, phase: None,
+    init=lambda bar, count: None, expect=lambda bar, size, pred=True: None, wait=wait_for_phase, arrive=arrive,
     MBarrierLayout=lambda: None,
 )  # fmt: skip
 NAMES = {

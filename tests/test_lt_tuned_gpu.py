@@ -59,7 +59,7 @@ def test_a_policy_with_it(model: str, stack: list[str]):
 
 def test_what_was_tuned_is_kept_and_taken_again(tmp_path: Path):
     """A second policy with the table of the first tunes nothing and computes the same bits."""
-    first = shallow("gemm=lt_tuned", "workload.prompt_tokens=33")
+    first = shallow("gemm=lt_tuned", "workload.prompt_tokens=13")
     inputs = first.on_device(first.inputs(2).items, DEVICE)
     policy = first.policy(DEVICE)
     found = run(policy, inputs)
@@ -68,13 +68,13 @@ def test_what_was_tuned_is_kept_and_taken_again(tmp_path: Path):
     table.write_text(policy.attachments()[ARTIFACT])
     assert read_table(table).version == cublaslt.version()
 
-    again = shallow("gemm=lt_tuned", f"gemm.table={table}", "gemm.strict=true", "workload.prompt_tokens=33")
+    again = shallow("gemm=lt_tuned", f"gemm.table={table}", "gemm.strict=true", "workload.prompt_tokens=13")
     policy = again.policy(DEVICE)
     for a, b in zip(found, run(policy, inputs), strict=True):
         assert torch.equal(a, b)
     assert policy.counters()["cublaslt/tuned_here_prefill"] == 0
 
-    other = shallow("gemm=lt_tuned", f"gemm.table={table}", "gemm.strict=true", "workload.prompt_tokens=34")
+    other = shallow("gemm=lt_tuned", f"gemm.table={table}", "gemm.strict=true", "workload.prompt_tokens=14")
     with pytest.raises(UnsupportedError, match=r"gemm\.strict: cublaslt\.json has no row for \d+ x"):
         run(other.policy(DEVICE), other.on_device(other.inputs(1).items, DEVICE))
 
