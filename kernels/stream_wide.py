@@ -44,7 +44,8 @@ from pi0exp.kernels.wide import (
     SUMS_32,
     SUMS_64,
     WARPS,
-    bring,
+    ask,
+    ask_later,
     order_copies,
     product,
 )  # fmt: skip
@@ -74,17 +75,17 @@ def cross(slots_ptr, slot, clocks_ptr):
 
 
 @gluon.jit
-def layers(
-    ring, ready, free, rows, there, xs, mixed, hidden, tokens_ptr, x_ptr, xs_ptr, end_ptr, squares_ptr, sums_ptr,
-    scales_ptr, gates_ptr, qkv_offsets_ptr, gate_up_offsets_ptr, cos_ptr, sin_ptr, rooms_ptr, keys_ptr, q_ptr, acc_ptr,
-    stats_ptr, mixed_ptr, hidden_ptr, slots_ptr, clocks_ptr,
+def stream_wide_kernel(
+    weights, xs, mixed, hidden, tokens_ptr, x_ptr, xs_ptr, end_ptr, squares_ptr, sums_ptr, scales_ptr, gates_ptr,
+    qkv_offsets_ptr, gate_up_offsets_ptr, cos_ptr, sin_ptr, rooms_ptr, keys_ptr, q_ptr, acc_ptr, stats_ptr, mixed_ptr,
+    hidden_ptr, slots_ptr, clocks_ptr,
     M, start, settled, parts, L, scale, eps, scales_N, gates_N, qkv_offsets_L, gate_up_offsets_L, cos_T, sin_T,
     rooms_L, rooms_S,
     D: gl.constexpr, HEADS: gl.constexpr, HEADS_KV: gl.constexpr, H: gl.constexpr, F: gl.constexpr,
     SPLIT: gl.constexpr, WIDTH: gl.constexpr, PARTS: gl.constexpr, MASKED: gl.constexpr, BLIND: gl.constexpr,
     HIDDEN: gl.constexpr,
 ):  # fmt: skip
-    """What all warps but one do: the phases, with the chunks that `bring` has brought."""
+    """Grid (D / COLUMNS,), all at once. SPLIT: parts of K of w_out and w_down. WIDTH: of K that a chunk of x has."""
     TILES: gl.constexpr = D // COLUMNS
     K: gl.constexpr = HEADS * H
     QKV_TILES: gl.constexpr = (HEADS + 2 * HEADS_KV) * H // (2 * PAIRS)
@@ -95,9 +96,22 @@ def layers(
     me = gl.program_id(0)
     tile, part = me // SPLIT, me % SPLIT
     S = start + M
+    ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BOXES * BOX, BOX], SHARED)
+    rows = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BOXES * ROWS, BOX], SHARED)
+    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    there = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(there.index(i), count=1)
+    barrier()
+    of_layer = gl.where(me < QKV_TILES, QKV, 0) + OUT + GATE_UP + DOWN
+    total = of_layer * L
+    base = me * (QKV + OUT + GATE_UP + DOWN) * L
     taken = gl.to_tensor(0)
     seen = gl.to_tensor(0)
     slot = gl.to_tensor(0)
+    for i in gl.static_range(SLOTS):
+        ask(weights, ring, ready, i, total, base)
     add(sums_ptr, me, None, tokens_ptr, scales_ptr, x_ptr, xs_ptr, end_ptr, squares_ptr, M, 0, D, 0)
     for layer in range(L):
         # Queries, keys, values.
@@ -110,7 +124,7 @@ def layers(
         if me < QKV_TILES:
             by_row = inverse_rms(squares_ptr, M, D, eps, TILES, ROWS, SQUARES)
             z = product(
-                xs, rows, there, seen, 0, ring, ready, free, taken, 2 * PAIRS, GATE_UP, SUMS_32
+                xs, rows, there, seen, 0, weights, ring, ready, taken, total, base, 2 * PAIRS, GATE_UP, SUMS_32
             )  # fmt: skip
             project(
                 z, me, by_row, offsets, cos_ptr, sin_ptr, q_ptr, room_k, room_v, M, start, cos_T, sin_T, rooms_S,
@@ -121,6 +135,8 @@ def layers(
 
         slot += 1
         come(slots_ptr, slot, clocks_ptr, False)
+        if me < QKV_TILES:
+            ask_later(weights, ring, ready, taken, total, base, QKV)
 
         # Attention: rows of a head against blocks of keys. What stood in the cache before is read before the meeting.
         item = me
@@ -145,7 +161,7 @@ def layers(
         slot += 1
         cross(slots_ptr, slot, clocks_ptr)
         y = product(
-            mixed, rows, there, seen, part * (K // SPLIT), ring, ready, free, taken, BOX, OUT, SUMS_64
+            mixed, rows, there, seen, part * (K // SPLIT), weights, ring, ready, taken, total, base, BOX, OUT, SUMS_64
         )  # fmt: skip
         leave_sums(y, sums_ptr, tile, part, M, D)
         taken += OUT
@@ -153,6 +169,7 @@ def layers(
 
         slot += 1
         come(slots_ptr, slot, clocks_ptr, False)
+        ask_later(weights, ring, ready, taken, total, base, OUT)
         gates = gates_ptr
         if gates is not None:
             gates += 2 * layer * gates_N
@@ -169,15 +186,19 @@ def layers(
             offsets += layer * gate_up_offsets_L
         cross(slots_ptr, slot, clocks_ptr)
         by_row = inverse_rms(squares_ptr, M, D, eps, TILES, ROWS, SQUARES)
-        z = product(xs, rows, there, seen, 0, ring, ready, free, taken, BOX, GATE_UP, SUMS_64)
+        z = product(xs, rows, there, seen, 0, weights, ring, ready, taken, total, base, BOX, GATE_UP, SUMS_64)
         hide(z, me, by_row, offsets, hidden_ptr, M, F)
         taken += GATE_UP
         seen += GATE_UP
 
         slot += 1
-        cross(slots_ptr, slot, clocks_ptr)
+        order_copies(slot)
+        come(slots_ptr, slot, clocks_ptr, False)
+        ask_later(weights, ring, ready, taken, total, base, GATE_UP)
+        meet(slots_ptr, slot, clocks_ptr, False)
+        order_copies(slot)
         y = product(
-            hidden, rows, there, seen, part * (F // SPLIT), ring, ready, free, taken, BOX, DOWN, SUMS_64
+            hidden, rows, there, seen, part * (F // SPLIT), weights, ring, ready, taken, total, base, BOX, DOWN, SUMS_64
         )  # fmt: skip
         leave_sums(y, sums_ptr, tile, part, M, D)
         taken += DOWN
@@ -185,6 +206,7 @@ def layers(
 
         slot += 1
         come(slots_ptr, slot, clocks_ptr, False)
+        ask_later(weights, ring, ready, taken, total, base, DOWN)
         gates = gates_ptr
         if gates is not None:
             gates += (2 * layer + 1) * gates_N
@@ -195,52 +217,6 @@ def layers(
         )  # fmt: skip
         slot += 1
     leave(slots_ptr, slot - 1, False)
-
-
-@gluon.jit
-def stream_wide_kernel(
-    weights, xs, mixed, hidden, tokens_ptr, x_ptr, xs_ptr, end_ptr, squares_ptr, sums_ptr, scales_ptr, gates_ptr,
-    qkv_offsets_ptr, gate_up_offsets_ptr, cos_ptr, sin_ptr, rooms_ptr, keys_ptr, q_ptr, acc_ptr, stats_ptr, mixed_ptr,
-    hidden_ptr, slots_ptr, clocks_ptr,
-    M, start, settled, parts, L, scale, eps, scales_N, gates_N, qkv_offsets_L, gate_up_offsets_L, cos_T, sin_T,
-    rooms_L, rooms_S,
-    D: gl.constexpr, HEADS: gl.constexpr, HEADS_KV: gl.constexpr, H: gl.constexpr, F: gl.constexpr,
-    SPLIT: gl.constexpr, WIDTH: gl.constexpr, PARTS: gl.constexpr, MASKED: gl.constexpr, BLIND: gl.constexpr,
-    HIDDEN: gl.constexpr,
-):  # fmt: skip
-    """Grid (D / COLUMNS,), all at once. SPLIT: parts of K of w_out and w_down. WIDTH: of K that a chunk of x has."""
-    QKV: gl.constexpr = D // (2 * WIDTH)
-    OTHERS: gl.constexpr = HEADS * H // (SPLIT * WIDTH) + D // WIDTH + F // (SPLIT * WIDTH)
-    ring = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BOXES * BOX, BOX], SHARED)
-    rows = gl.allocate_shared_memory(gl.bfloat16, [SLOTS, BOXES * ROWS, BOX], SHARED)
-    ready = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    there = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(SLOTS):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(free.index(i), count=1)
-        mbarrier.init(there.index(i), count=1)
-    barrier()
-    me = gl.program_id(0)
-    total = gl.where(me < (HEADS + 2 * HEADS_KV) * H // (2 * PAIRS), QKV + OTHERS, OTHERS) * L
-    gl.warp_specialize(
-        [
-            (
-                layers,
-                (
-                    ring, ready, free, rows, there, xs, mixed, hidden, tokens_ptr, x_ptr, xs_ptr, end_ptr, squares_ptr,
-                    sums_ptr, scales_ptr, gates_ptr, qkv_offsets_ptr, gate_up_offsets_ptr, cos_ptr, sin_ptr, rooms_ptr,
-                    keys_ptr, q_ptr, acc_ptr, stats_ptr, mixed_ptr, hidden_ptr, slots_ptr, clocks_ptr,
-                    M, start, settled, parts, L, scale, eps, scales_N, gates_N, qkv_offsets_L, gate_up_offsets_L, cos_T,
-                    sin_T, rooms_L, rooms_S,
-                    D, HEADS, HEADS_KV, H, F, SPLIT, WIDTH, PARTS, MASKED, BLIND, HIDDEN,
-                ),
-            ),
-            (bring, (weights, ring, ready, free, total, me * (QKV + OTHERS) * L)),
-        ],
-        [1],
-        [24],
-    )  # fmt: skip
 
 
 @torch.library.custom_op("pi0exp::stream_wide", mutates_args=("rooms_LBSMH", "slots", "clocks"))

@@ -27,9 +27,6 @@ SLOTS = gl.constexpr(3)
 """Chunks of weights, and as many of x; what is left of 227 KB a multiprocessor is for layouts that change."""
 SHARED = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 
-UNDER_WAY = gl.constexpr(1)
-"""Chunks of weights that a program waits for at once."""
-
 # ---- layouts
 
 SUMS_32 = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, 16, 16]))
@@ -55,20 +52,15 @@ def order_copies(i):
 
 
 @gluon.jit
-def bring(weights, ring, ready, free, total, base):
-    """What a warp of its own does: the copies of all chunks of this program, one behind the other, each as soon as its
-    slot stands free and few are under way.
+def ask(weights, ring, ready, number, total, base):
+    """Starts the copy of this program's chunk of that number, if there is one, to a slot that stands free.
 
-    base: number of the program's first chunk among all. More under way would stand in the way of all other reads.
+    base: number of the program's first chunk among all.
     """
-    for number in range(total):
-        slot = number % SLOTS
-        mbarrier.wait(free.index(slot), (number // SLOTS) & 1 ^ 1)
-        if number >= UNDER_WAY:
-            early = number - UNDER_WAY
-            mbarrier.wait(ready.index(early % SLOTS), (early // SLOTS) & 1)
-        mbarrier.expect(ready.index(slot), BOXES * BOX * BOX * 2)
-        load_block(weights, [(base + number) * (BOXES * BOX), 0], ready.index(slot), ring.index(slot))
+    slot = number % SLOTS
+    mbarrier.expect(ready.index(slot), BOXES * BOX * BOX * 2, pred=number < total)
+    row = (base + number) * (BOXES * BOX)
+    load_block(weights, [row, 0], ready.index(slot), ring.index(slot), pred=number < total)
 
 
 @gluon.jit
@@ -87,11 +79,13 @@ def place(m, k):
 
 @gluon.jit
 def product(
-    x, rows, there, seen, k, ring, ready, free, taken, N: gl.constexpr, STEPS: gl.constexpr, LAYOUT: gl.constexpr
+    x, rows, there, seen, k, weights, ring, ready, taken, total, base, N: gl.constexpr, STEPS: gl.constexpr,
+    LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """x w^T over STEPS chunks of x from column k on, [ROWS, N] in LAYOUT.
 
-    seen, taken: chunks of x, and of weights, before this product.
+    seen, taken: chunks of x, and of weights, before this product. What comes SLOTS chunks behind its last SLOTS chunks
+    of weights is left to `ask_later`: reads under way when a program comes to a meeting would hold it up.
     """
     TURNS: gl.constexpr = BOX // N  # chunks of x for one of the weight
     for i in gl.static_range(min(STEPS, SLOTS)):
@@ -106,9 +100,16 @@ def product(
             w_box = ring.index(chunk % SLOTS).slice((i % TURNS * BOXES + j) * N, N)
             acc = warpgroup_mma(x_box, w_box.permute([1, 0]), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        barrier()  # both warp groups have read
-        if i % TURNS == TURNS - 1:
-            mbarrier.arrive(free.index(chunk % SLOTS))
         if i + SLOTS < STEPS:
+            barrier()  # both warp groups have read
             ask_rows(x, rows, there, seen + i + SLOTS, k + (i + SLOTS) * BOXES * BOX)
+            if i % TURNS == TURNS - 1 and i // TURNS + SLOTS < STEPS // TURNS:
+                ask(weights, ring, ready, chunk + SLOTS, total, base)
     return acc
+
+
+@gluon.jit
+def ask_later(weights, ring, ready, taken, total, base, CHUNKS: gl.constexpr):
+    """What a product of CHUNKS chunks of weights, the last of all that were taken, made room for and did not ask for."""
+    for i in gl.static_range(min(SLOTS, CHUNKS)):
+        ask(weights, ring, ready, taken - min(SLOTS, CHUNKS) + SLOTS + i, total, base)
