@@ -3,6 +3,8 @@
     hidden = silu(x w_in^T + bias_in + time)      w_in: the first two matrices on the actions, folded to one
     tokens = hidden w_out^T + bias_out
 
+For Pi0.5, whose tokens know no time, one: tokens = x w_in^T + bias_in.
+
 All of it float32, as the model has it outside of its transformers. There are few rows and the larger weight has 4 MB:
 what counts is to read it once, while the launch in front still runs (`skinny_gemm` says more of dependent launches).
 Without matrix instructions, whose float32 is none. A program has the whole of K of its columns, so no sum is split
@@ -32,9 +34,12 @@ FIRST, SECOND = {"BN": 32, "num_warps": 4}, {"BN": 8, "num_warps": 4}
 
 
 def stream_embed_reference(
-    x_BCA: Tensor, in_DA: Tensor, in_bias_D: Tensor, time_D: Tensor, out_DD: Tensor, out_bias_D: Tensor
-) -> Tensor:
+    x_BCA: Tensor, in_DA: Tensor, in_bias_D: Tensor,
+    time_D: Tensor | None = None, out_DD: Tensor | None = None, out_bias_D: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The maths above."""
+    if time_D is None or out_DD is None:
+        return F.linear(x_BCA, in_DA, in_bias_D)
     return F.linear(F.silu(F.linear(x_BCA, in_DA, in_bias_D) + time_D), out_DD, out_bias_D)
 
 
@@ -69,28 +74,37 @@ def stream_embed_kernel(
 
 @triton_op("pi0exp::stream_embed", mutates_args=())
 def stream_embed(
-    x_BCA: Tensor, in_DA: Tensor, in_bias_D: Tensor, time_D: Tensor, out_DD: Tensor, out_bias_D: Tensor
-) -> Tensor:
+    x_BCA: Tensor, in_DA: Tensor, in_bias_D: Tensor,
+    time_D: Tensor | None = None, out_DD: Tensor | None = None, out_bias_D: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Tokens [B, C, D]. All float32 and contiguous; x: [B, C, A], in: [D, A], out: [D, D], the others [D].
 
-    Raises ValueError.
+    The last three are there together, or not at all. Raises ValueError.
     """
     D, A = in_DA.shape
     require(x_BCA.ndim == 3 and x_BCA.shape[2] == A, f"actions are {list(x_BCA.shape)}: not [B, C, {A}]")
-    require(out_DD.shape == (D, D), f"the second matrix is {list(out_DD.shape)}: not [{D}, {D}]")
+    second = [tensor is not None for tensor in (time_D, out_DD, out_bias_D)]
+    require(all(second) or not any(second), "time, second matrix and second bias are there together, or not at all")
     for name, tensor in (("actions", x_BCA), ("the first matrix", in_DA), ("the second matrix", out_DD)):
-        good = tensor.dtype == torch.float32 and tensor.is_contiguous()
-        require(good, f"{name}: {tensor.dtype}, or not contiguous; wanted torch.float32")
+        if tensor is not None:
+            good = tensor.dtype == torch.float32 and tensor.is_contiguous()
+            require(good, f"{name}: {tensor.dtype}, or not contiguous; wanted torch.float32")
     for name, vector in (("first bias", in_bias_D), ("time", time_D), ("second bias", out_bias_D)):
-        check_vector(name, vector, D)
-        require(vector.dtype == torch.float32, f"{name} is {vector.dtype}; wanted torch.float32")
+        if vector is not None:
+            check_vector(name, vector, D)
+            require(vector.dtype == torch.float32, f"{name} is {vector.dtype}; wanted torch.float32")
     M = x_BCA.shape[0] * x_BCA.shape[1]
-    hidden_BCD, tokens_BCD = (x_BCA.new_empty((*x_BCA.shape[:2], D)) for _ in range(2))
+    tokens_BCD = x_BCA.new_empty((*x_BCA.shape[:2], D))
+    launches = [(x_BCA, in_DA, in_bias_D, time_D, tokens_BCD, FIRST)]
+    if out_DD is not None and out_bias_D is not None:
+        require(out_DD.shape == (D, D), f"the second matrix is {list(out_DD.shape)}: not [{D}, {D}]")
+        hidden_BCD = torch.empty_like(tokens_BCD)
+        launches = [
+            (x_BCA, in_DA, in_bias_D, time_D, hidden_BCD, FIRST),
+            (hidden_BCD, out_DD, out_bias_D, None, tokens_BCD, SECOND),
+        ]
     pdl = dependent(x_BCA, True)
-    for x, weight, bias, time, y, how in (
-        (x_BCA, in_DA, in_bias_D, time_D, hidden_BCD, FIRST),
-        (hidden_BCD, out_DD, out_bias_D, None, tokens_BCD, SECOND),
-    ):
+    for x, weight, bias, time, y, how in launches:
         K = weight.shape[1]
         launchable(stream_embed_kernel)[(triton.cdiv(D, how["BN"]), triton.cdiv(M, ROWS))](
             x, weight, bias, time, y, M, D, K=K, BLOCK=triton.next_power_of_2(K), ROWS=ROWS, PDL=pdl, **how,
@@ -102,24 +116,29 @@ def stream_embed(
 # ---- cases
 
 
-def _make(generator: torch.Generator, device: torch.device, B: int, C: int, A: int, D: int) -> tuple[Any, ...]:
+def _make(
+    generator: torch.Generator, device: torch.device, B: int, C: int, A: int, D: int, timed: bool
+) -> tuple[Any, ...]:
     def normal(*shape: int) -> Tensor:
         return random(generator, device, *shape, dtype=torch.float32)
 
-    return normal(B, C, A), normal(D, A) * A**-0.5, normal(D), normal(D), normal(D, D) * D**-0.5, normal(D)
+    first = normal(B, C, A), normal(D, A) * A**-0.5, normal(D)
+    return (*first, normal(D), normal(D, D) * D**-0.5, normal(D)) if timed else first
 
 
-def _case(name: str, B: int, C: int, A: int, D: int, *, pi0: bool = True, small: bool = False) -> Case:
-    moved = 4.0 * (D * (A + D) + B * C * (A + 3 * D) + 3 * D)
-    flops = 2.0 * B * C * D * (A + D)
-    return Case(name, partial(_make, B=B, C=C, A=A, D=D), flops, moved, pi0=pi0, small=small, terms=D)
+def _case(
+    name: str, B: int, C: int, A: int, D: int, *, timed: bool = True, pi0: bool = True, small: bool = False
+) -> Case:
+    moved = 4.0 * (D * A + B * C * (A + D) + D + (D * D + 2 * B * C * D + 2 * D if timed else 0))
+    flops = 2.0 * B * C * D * (A + (D if timed else 0))
+    make = partial(_make, B=B, C=C, A=A, D=D, timed=timed)
+    return Case(name, make, flops, moved, pi0=pi0, small=small, terms=D if timed else A)
 
 
 _TYPES = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "time_ptr", "y_ptr"), "*fp32:16") | {"M": "i32", "N": "i32"}
 
 
-def _ahead(name: str, K: int, how: dict[str, int], pdl: bool) -> AheadOfTime:
-    timed = how is FIRST
+def _ahead(name: str, K: int, how: dict[str, int], pdl: bool, timed: bool) -> AheadOfTime:
     types = {argument: kind for argument, kind in _TYPES.items() if timed or argument != "time_ptr"}
     constants = {"K": K, "BLOCK": K, "BN": how["BN"], "ROWS": ROWS, "PDL": pdl} | ({} if timed else {"time_ptr": None})
     targets = ("sm_90",) if pdl else ("gfx942", "gfx950", "sm_90")
@@ -134,12 +153,18 @@ KERNELS = (
         cases=(
             _case("10 actions", 1, 10, 32, 1024),
             _case("50 actions", 1, 50, 32, 1024),
+            _case("50 actions of Pi0.5", 1, 50, 32, 1024, timed=False),
             _case("small", 2, 3, 5, 45, pi0=False, small=True),
+            _case("small, no time", 2, 3, 5, 45, timed=False, pi0=False, small=True),
             _case("small, one row", 1, 1, 16, 64, pi0=False, small=True),
         ),
         ahead_of_time=tuple(
-            _ahead(f"{which}, {name}", K, how, pdl)
-            for which, K, how in (("first", 32, FIRST), ("second", 1024, SECOND))
+            _ahead(f"{which}, {name}", K, how, pdl, timed)
+            for which, K, how, timed in (
+                ("first", 32, FIRST, True),
+                ("second", 1024, SECOND, False),
+                ("only", 32, FIRST, False),
+            )
             for name, pdl in (("any GPU", False), ("dependent", True))
         ),
     ),

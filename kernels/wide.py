@@ -110,6 +110,6 @@ def product(
 
 @gluon.jit
 def ask_later(weights, ring, ready, taken, total, base, CHUNKS: gl.constexpr):
-    """What a product of CHUNKS chunks of weights, the last of all that were taken, made room for and did not ask for."""
+    """What a product of CHUNKS chunks of weights, the last that were taken, made room for and did not ask for."""
     for i in gl.static_range(min(SLOTS, CHUNKS)):
         ask(weights, ring, ready, taken - min(SLOTS, CHUNKS) + SLOTS + i, total, base)

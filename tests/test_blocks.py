@@ -253,7 +253,7 @@ def test_the_stack_has_all_exact_rewrites():
     assert r"stream_(qkv|layers|ring|wide)|attend_combine" in option.proofs()
     assert config.stack(plain_config("stack=10_persistent")).fusion == replace(option, persistent=True)
     hopper = config.stack(plain_config("fusion=hopper")).fusion
-    assert hopper == replace(option, persistent=True, ring=True, gelu_epilogue=True)
+    assert hopper == replace(option, persistent=True, ring=True, wide=True, gelu_epilogue=True)
     assert config.stack(plain_config("stack=11_hopper")).fusion == hopper
 
 

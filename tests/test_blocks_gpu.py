@@ -55,7 +55,7 @@ def test_any_observation_in_one_launch(words: str, group: int):
 
 @pytest.mark.parametrize("group", range(GROUPS + 6, GROUPS + 18))
 def test_any_observation_in_one_launch_of_many_rows(group: int):
-    check_observations(group, "stack=11_hopper fusion.wide=true", horizons=63, batches=1)
+    check_observations(group, "stack=11_hopper", horizons=63, batches=1)
 
 
 def check_observations(group: int, words: str, horizons: int, batches: int) -> None:
@@ -83,11 +83,7 @@ def check_observations(group: int, words: str, horizons: int, batches: int) -> N
 @pytest.mark.parametrize("model", ["pi0", "pi05"])
 @pytest.mark.parametrize(
     ("stack", "horizon"),
-    [
-        (stack, horizon)
-        for stack in ("9_blocks", "10_persistent", "11_hopper", "11_hopper fusion.wide=true")
-        for horizon in (10, 50)
-    ],
+    [(stack, horizon) for stack in ("9_blocks", "10_persistent", "11_hopper", "12_tuned") for horizon in (10, 50)],
 )
 def test_verified(model: str, stack: str, horizon: int):
     for workload in ("default", "masked"):

@@ -16,7 +16,7 @@ from pi0exp import folders, outcomes
 from pi0exp.config import GROUPS
 
 SWEEP = (*QUICK, "-m", "attention=eager,sdpa", "graphs=none,manual")
-_ABOVE = ["9_blocks", "10_persistent", "11_hopper"]
+_ABOVE = ["9_blocks", "10_persistent", "11_hopper", "12_tuned"]
 _NUMBERED = [name for name in GROUPS_OF["stack"] if name[0].isdigit() and name not in _ABOVE]
 RUNGS = [*_NUMBERED, "h200_best", *_ABOVE, "mi350_best"]
 NO_GPU = "graphs: needs a GPU of nvidia or amd; this machine has no GPU that torch can use"

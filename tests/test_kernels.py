@@ -194,6 +194,14 @@ def mutants() -> list[tuple[str, str, Any]]:
             room.copy_(room.roll(1, dims=1))
         return q
 
+    def timed(mutant):
+        """A mistake in both launches, where there are both."""
+        return lambda *given: (mutant if len(given) > 3 else r["stream_embed"])(*given)
+
+    def silu_without_a_time(*given):
+        made = r["stream_embed"](*given)
+        return made if len(given) > 3 else F.silu(made)
+
     def neighbours_squares(x, squares, *others):
         return r["stream_gated"](x, squares.roll(1, dims=1), *others)
 
@@ -243,9 +251,14 @@ def mutants() -> list[tuple[str, str, Any]]:
         ("rope_qkv", "turned back", lambda q, k, v, c, s: r["rope_qkv"](q, k, v, c, -s)),
         ("rope_qkv", "keys as they are", lambda q, k, v, c, s: (r["rope_qkv"](q, k, v, c, s)[0], k, v)),
         ("rope_qkv", "neighbours as pairs", lambda q, k, v, c, s: (interleaved(q, c, s), interleaved(k, c, s), v)),
-        ("stream_embed", "no time", lambda x, a, b, t, *out: r["stream_embed"](x, a, b, 0 * t, *out)),
-        ("stream_embed", "time behind silu", lambda x, a, b, t, w, c: F.linear(F.silu(F.linear(x, a, b)) + t, w, c)),
-        ("stream_embed", "second matrix turned", lambda *a: r["stream_embed"](*a[:4], a[4].T, a[5])),
+        ("stream_embed", "no time", timed(lambda x, a, b, t, *out: r["stream_embed"](x, a, b, 0 * t, *out))),
+        (
+            "stream_embed",
+            "time behind silu",
+            timed(lambda x, a, b, t, w, c: F.linear(F.silu(F.linear(x, a, b)) + t, w, c)),
+        ),
+        ("stream_embed", "second matrix turned", timed(lambda *a: r["stream_embed"](*a[:4], a[4].T, a[5]))),
+        ("stream_embed", "silu without a time", silu_without_a_time),
         ("rope_qkv_cached", "a row beside", a_row_beside),
         ("rope_qkv_cached", "nothing kept", lambda *a: r["rope_qkv"](*a[:5])[0]),
     ]
@@ -302,6 +315,11 @@ REFUSED = {
         "stream_embed",
         lambda: (rows(1, 2, 4), *[rows(*shape, dtype=torch.float32) for shape in ((8, 4), (8,), (8,), (8, 8), (8,))]),
         "actions: torch.bfloat16",
+    ),
+    "time without a second matrix": (
+        "stream_embed",
+        lambda: [rows(*s, dtype=torch.float32) for s in ((1, 2, 4), (8, 4), (8,), (8,))],
+        "together, or not at all",
     ),
     "time of another width": (
         "stream_embed",

@@ -12,7 +12,13 @@ from pi0exp.option import Numerics
 STACKS = GROUPS_OF["stack"]
 DROPS_MASKS = "fork_best"
 SHALLOW = ("model.vision.depth=2", "model.paligemma.depth=2", "model.expert.depth=2", "model.vocab_size=4096")
-VENDOR = {"mi350_best": "amd", "h200_best": "nvidia", "10_persistent": "nvidia", "11_hopper": "nvidia"}
+VENDOR = {
+    "mi350_best": "amd",
+    "h200_best": "nvidia",
+    "10_persistent": "nvidia",
+    "11_hopper": "nvidia",
+    "12_tuned": "nvidia",
+}
 
 
 def of_what(name: str) -> list[str]:

@@ -102,7 +102,9 @@ def fill_blocks(policy: Policy, fusion: "Fusion") -> None:
     attend = partial(triton_attend, op=attend_split)
     policy.fill(Attention, "attend", attend, ("denoise",), f"Triton attend_split, for more than {STREAMED} rows")
     policy.closed["denoise"] = NAME
-    if fusion.rewrites.hoist_time and fusion.rewrites.fold_action_in and not policy.model.config.pi05:
+    if policy.model.config.pi05:
+        policy.fill_model("embed_actions", embed_with_modulations, "one launch")
+    elif fusion.rewrites.hoist_time and fusion.rewrites.fold_action_in:
         policy.fill_model("embed_actions", embed_actions, "two launches")
 
 
@@ -113,6 +115,13 @@ def embed_actions(model: Pi0, x_BCA: Tensor, moment: Tensor) -> tuple[Tensor, No
     first, last = model.action_in_proj, model.action_time_mlp_out
     weights = first.weight, first.bias, moment.flatten(), last.weight, last.bias
     return stream_embed(x_BCA.contiguous(), *weights), None
+
+
+def embed_with_modulations(model: Pi0, x_BCA: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of Pi0.5: the moment is the row of `tabulate_offsets`."""
+    from pi0exp.kernels.stream_embed import stream_embed
+
+    return stream_embed(x_BCA.contiguous(), model.action_in_proj.weight, model.action_in_proj.bias), moment
 
 
 # ---- a step

@@ -1,0 +1,284 @@
+"""`gemm=lt_tuned` without a GPU: which algorithm a product gets, tables, what it excludes; cuBLASLt pretended."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import lacking, noise_for, plain_config, tiny_observation, tiny_policy
+from torch import Tensor
+
+from pi0exp import build, config, cublaslt
+from pi0exp.cublaslt import Algorithm
+from pi0exp.errors import UnsupportedError, UserError
+from pi0exp.gemm import lt_tune, lt_tuned
+from pi0exp.gemm.lt_search import Found, Shape, neighbours
+from pi0exp.gemm.lt_table import LtTable, read_table, shipped
+from pi0exp.gemm.lt_tuned import ARTIFACT, LtTuned
+from pi0exp.machine import Machine
+from pi0exp.model.config import ModelConfig
+from pi0exp.model.precision import BF16
+from pi0exp.policy import Policy
+
+GPU = Machine(gpu="NVIDIA H100 80GB HBM3", vendor="nvidia", arch="sm_90")
+ALGORITHM = Algorithm(66, 18, 1, 0, 0, 3, 35, 0, 9)
+FASTER, SAME = Found(ALGORITHM, 16.0, 23.0, 70), Found(ALGORITHM, 9.0, 9.0, 8)
+
+
+class Pretended:
+    """cuBLASLt: every algorithm multiplies; those that a product was made with are noted."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[Shape, Algorithm]] = []
+        self.tuned: list[tuple[int, int]] = []
+
+    def problem(self, M: int, N: int, K: int, bias: bool) -> Any:
+        outer = self
+
+        class Problem:
+            def product(self, algorithm: Algorithm) -> Callable[..., None]:
+                outer.made.append((Shape(M, N, K, bias), algorithm))
+
+                def multiply(x: Tensor, weight: Tensor, b: Tensor | None, out: Tensor, workspace: Tensor) -> None:
+                    assert x.data_ptr() % cublaslt.ALIGNED == 0
+                    assert (x.shape, weight.shape) == ((M, K), (N, K))
+                    out.view(M, N).copy_(F.linear(x, weight, b))
+
+                return multiply
+
+        return Problem()
+
+    def fastest(self, x: Tensor, weights: list[Tensor], bias: Tensor | None) -> Found:
+        assert len({one.shape for one in weights}) == 1
+        self.tuned.append((len(x), len(weights)))
+        return FASTER if bias is None else SAME
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Pretended:
+    made = Pretended()
+    monkeypatch.setattr(lt_tuned, "Problem", made.problem)
+    monkeypatch.setattr(lt_tuned, "fastest", made.fastest)
+    monkeypatch.setattr(lt_tuned, "this_machine", lambda: GPU)
+    monkeypatch.setattr(lt_tuned, "_here", {})
+    monkeypatch.setattr(cublaslt, "version", lambda: 130100)
+    monkeypatch.setattr(cublaslt, "ALIGNED", 1)
+    monkeypatch.setattr(lt_tuned, "ALIGNED", 1)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return made
+
+
+def policy_with(option: LtTuned) -> Policy:
+    policy = tiny_policy(precision=BF16)
+    policy.begin("gemm")
+    option.apply(policy)
+    return policy
+
+
+def acted(policy: Policy) -> Tensor:
+    observation = tiny_observation()
+    return policy.sample_actions(observation, noise_for(policy, observation))
+
+
+def kept(policy: Policy, folder: Path) -> Path:
+    """The table that would be kept with the result."""
+    path = folder / ARTIFACT
+    path.write_text(policy.attachments()[ARTIFACT])
+    return path
+
+
+# ---- the option
+
+
+def test_same_actions_each_shape_tuned_once(fake: Pretended):
+    policy, plain = policy_with(LtTuned()), tiny_policy(precision=BF16)
+    for _ in range(2):
+        assert torch.equal(acted(policy), acted(plain))
+    shapes = [shape for shape, _ in fake.made]
+    assert len(set(shapes)) == len(fake.tuned)
+    assert {shape.M for shape in shapes} == {16, 56, 11}, "patches, prefix and suffix"
+    assert max(count for _, count in fake.tuned) > 1, "weights of several layers take turns"
+    counters = policy.counters()
+    for stage in ("vision", "prefill", "denoise"):
+        assert counters[f"cublaslt/tuned_here_{stage}"] == counters[f"cublaslt/products_{stage}"] > 0
+    assert counters["cublaslt/not_first_vision"] < counters["cublaslt/products_vision"], "those with a bias"
+    assert counters["cublaslt/not_first_prefill"] == counters["cublaslt/products_prefill"]
+    lines = policy.applied["gemm"]
+    assert "cublaslt_sm_90.json: " in lines[0]
+    assert any(line.endswith(": 16.0 us, the first suggestion 23.0 (tuned here)") for line in lines)
+    assert any("Linear that are not of bf16 stay with BLAS" in line for line in lines)
+
+
+def test_another_policy_of_the_process_takes_the_same(fake: Pretended):
+    acted(policy_with(LtTuned()))
+    before = len(fake.tuned)
+    acted(policy_with(LtTuned()))
+    assert len(fake.tuned) == before
+    assert len(fake.made) == 2 * len(set(fake.made)), "made anew for each policy, with the same algorithm"
+
+
+def test_what_was_tuned_is_a_table(fake: Pretended, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first = policy_with(LtTuned())
+    actions = acted(first)
+    path = kept(first, tmp_path)
+    monkeypatch.setattr(lt_tuned, "_here", {})
+    fake.tuned.clear()
+    again = policy_with(LtTuned(table=str(path), strict=True))
+    assert torch.equal(acted(again), actions)
+    assert fake.tuned == []
+    assert sum(value for name, value in again.counters().items() if "tuned_here" in name) == 0
+    assert kept(again, tmp_path).read_text() == path.read_text()
+    assert LtTuned(table=str(path)).files() == [str(path)]
+
+
+def test_strict_wants_a_row(fake: Pretended, tmp_path: Path):
+    path = tmp_path / "table.json"
+    path.write_text(LtTable("sm_90", 130100, {}, {Shape(1, 2, 3, False): SAME}).text())
+    with pytest.raises(UnsupportedError, match=r"gemm\.strict: table\.json has no row for \d+ x \d+ x \d+ \+ bias"):
+        acted(policy_with(LtTuned(table=str(path), strict=True)))
+
+
+def test_nothing_is_tuned_inside_of_a_capture(fake: Pretended, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="would be tuned inside of a capture"):
+        acted(policy_with(LtTuned()))
+
+
+@pytest.mark.parametrize(("arch", "version"), [("sm_100", 130100), ("sm_90", 120900)])
+def test_a_table_of_another_machine(fake: Pretended, tmp_path: Path, monkeypatch, arch: str, version: int):
+    """A given one is refused; the shipped one is not used, and that is said."""
+    table = LtTable(arch, version, {}, {Shape(11, 96, 32, False): SAME})
+    path = tmp_path / "table.json"
+    path.write_text(table.text())
+    with pytest.raises(UserError, match=rf"table\.json was made for {arch} and cuBLASLt {version}; here are sm_90 and"):
+        policy_with(LtTuned(table=str(path)))
+    monkeypatch.setattr(lt_tuned, "shipped", lambda arch: path)
+    policy = policy_with(LtTuned())
+    acted(policy)
+    assert policy.applied["gemm"][0].startswith(f"table.json: made for {arch} and cuBLASLt {version}; here")
+    assert policy.counters()["cublaslt/tuned_here_denoise"] > 0
+
+
+def test_a_weight_that_is_a_part_is_an_error(fake: Pretended, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lt_tuned, "ALIGNED", 2**40)
+    with pytest.raises(RuntimeError, match="is a part of another tensor"):
+        acted(policy_with(LtTuned()))
+
+
+def test_what_it_does_not_go_with():
+    def reasons(*words: str) -> list[str]:
+        return build.unmet(config.stack(plain_config(*words)), GPU)
+
+    assert reasons("gemm=lt_tuned") == []
+    assert reasons("stack=12_tuned") == []
+    (found,) = reasons("gemm.prefill=lt_tuned", "compile_mode=default")
+    assert found.startswith("gemm.prefill: ")
+    assert found.endswith("compile_mode.prefill must be none")
+    assert len(reasons("gemm=lt_tuned", "compile_mode=default")) == 3
+    assert reasons("gemm.prefill=lt_tuned", "compile_mode.vision=default") == []
+    assert any("products are of bf16" in one for one in reasons("gemm=lt_tuned", "precision=fp32"))
+    assert any("gemm=LtTuned multiplies bf16 weights" in one for one in reasons("gemm=lt_tuned", "precision=fp8"))
+
+
+def test_it_needs_a_gpu_of_nvidia():
+    assert lacking("gemm", "lt_tuned") == ["gemm: needs a GPU of nvidia; this machine has no GPU that torch can use"]
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a cuBLASLt")
+def test_without_cublaslt_the_reason_is_told():
+    cublaslt.library.cache_clear()
+    with pytest.raises(UserError, match=r"cuBLASLt comes with torch for CUDA; torch .* is none"):
+        cublaslt.version()
+
+
+# ---- tables
+
+
+GOOD: dict[str, Any] = json.loads(LtTable("sm_90", 130100, {"gpu": "X"}, {Shape(1, 2, 3, True): FASTER}).text())
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path: Path):
+    table = LtTable("sm_90", 130100, {"gpu": "X"}, {Shape(9, 2, 3, False): SAME, Shape(1, 2, 3, True): FASTER})
+    path = tmp_path / "t.json"
+    path.write_text(table.text())
+    assert read_table(path) == table
+    assert [row["M"] for row in json.loads(table.text())["rows"]] == [1, 9]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "is no table of cuBLASLt's algorithms: Expecting value"),
+        ("[]", "is no table of cuBLASLt's algorithms: list indices"),
+        (json.dumps(GOOD | {"rows": [{"M": 1}]}), "is no table of cuBLASLt's algorithms: lacks 'N'"),
+        (json.dumps({"rows": []}), "is no table of cuBLASLt's algorithms: lacks 'arch'"),
+        (json.dumps(GOOD | {"rows": GOOD["rows"] * 2}), "has two rows for one shape"),
+        (None, "cannot be read: .*No such file"),
+    ],
+)
+def test_what_is_no_table_is_told_in_one_line(tmp_path: Path, text: str | None, reason: str):
+    path = tmp_path / "t.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=rf"gemm\.table .*t\.json {reason}") as caught:
+        read_table(path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"gemm\.table .*t\.json"):
+        config.stack(plain_config("gemm=lt_tuned", f"gemm.table={path}"))
+
+
+def test_the_shipped_table_has_every_shape_of_the_tuner():
+    table = read_table(shipped("sm_90"))
+    assert set(table.rows) == set(lt_tune.shapes(lt_tune.PROMPTS, ModelConfig()))
+    assert all(0 < found.us <= found.first_us for found in table.rows.values())
+    assert {"gpu", "driver", "torch", "date", "command"} <= set(table.about)
+
+
+# ---- the search and the command
+
+
+def test_neighbours_differ_in_one_choice():
+    found = set(neighbours(ALGORITHM)) - {ALGORITHM}
+    own = dataclasses.asdict(ALGORITHM)
+    changed = [{name for name, value in dataclasses.asdict(one).items() if value != own[name]} for one in found]
+    assert {frozenset(one) for one in changed} == {
+        frozenset({"cluster"}), frozenset({"custom"}), frozenset({"split_k", "reduction"})
+    }  # fmt: skip
+    assert all((one.split_k > 1) == (one.reduction > 0) for one in found)
+
+
+def test_shapes_are_those_of_the_policy():
+    found = lt_tune.shapes([20], ModelConfig())
+    assert Shape(768, 1152, 4304, True) in found
+    assert {shape for shape in found if shape.M == 788} == {
+        Shape(788, 2560, 2048, False), Shape(788, 512, 2048, False), Shape(788, 2048, 2048, False),
+        Shape(788, 32768, 2048, False), Shape(788, 2048, 16384, False),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["--prompts", "-1"], 2, "a length is 0 or more"),
+        (["--prompts", "many"], 2, "invalid int value"),
+        ([], 3, "needs a GPU of NVIDIA's; this machine has CPU"),
+    ],
+)
+def test_the_command_says_what_is_wrong(words: list[str], code: int, told: str, capsys, monkeypatch):
+    monkeypatch.setattr(lt_tune, "this_machine", Machine)
+    try:
+        found = lt_tune.main(words)
+    except SystemExit as error:
+        found = int(str(error.code))
+    assert found == code
+    assert told in capsys.readouterr().err
+
+
+def test_the_command_refuses_a_folder_that_is_not_there(capsys, monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(lt_tune, "this_machine", lambda: GPU)
+    assert lt_tune.main(["--out", str(tmp_path / "none" / "t.json")]) == 2
+    assert "its folder does not exist" in capsys.readouterr().err
