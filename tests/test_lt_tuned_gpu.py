@@ -74,7 +74,9 @@ def test_what_was_tuned_is_kept_and_taken_again(tmp_path: Path):
         assert torch.equal(a, b)
     assert policy.counters()["cublaslt/tuned_here_prefill"] == 0
 
-    other = shallow("gemm=lt_tuned", f"gemm.table={table}", "gemm.strict=true", "workload.prompt_tokens=14")
+    other = shallow(
+        "gemm=lt_tuned", f"gemm.table={table}", "gemm.strict=true", "workload.prompt_tokens=13", "workload.batch_size=2"
+    )
     with pytest.raises(UnsupportedError, match=r"gemm\.strict: cublaslt\.json has no row for \d+ x"):
         run(other.policy(DEVICE), other.on_device(other.inputs(1).items, DEVICE))
 
