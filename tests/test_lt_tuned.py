@@ -169,6 +169,25 @@ def test_a_weight_that_is_a_part_is_an_error(fake: Pretended, monkeypatch: pytes
         acted(policy_with(LtTuned()))
 
 
+@pytest.mark.parametrize(
+    ("x", "bias"),
+    [
+        (torch.ones(3, 8, dtype=torch.bfloat16), None),
+        (torch.ones(3, 4), None),
+        (torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(2)),
+    ],
+    ids=["width", "dtype", "dtype of bias"],
+)
+def test_operands_that_do_not_fit_are_refused(fake: Pretended, x: Tensor, bias: Tensor | None):
+    """Where PyTorch would refuse them, too; by their addresses alone cuBLASLt would take them."""
+    products = lt_tuned.Products(
+        "vision", lt_tuned.Known(LtTuned(), tiny_policy(precision=BF16)), [], lambda line: None
+    )
+    with pytest.raises(RuntimeError, match=r"x \[3, \d\] of torch\..*, weight \[2, 4\] of torch.bfloat16"):
+        products.matmul(x, torch.ones(2, 4, dtype=torch.bfloat16), bias)
+    assert fake.made == []
+
+
 def test_what_it_does_not_go_with():
     def reasons(*words: str) -> list[str]:
         return build.unmet(config.stack(plain_config(*words)), GPU)

@@ -155,8 +155,12 @@ class Products:
         self.tuned = self.not_first = 0
 
     def matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """[..., N] of x [..., K], as `torch.nn.functional.linear`."""
+        """[..., N] of x [..., K], as `torch.nn.functional.linear`. Raises RuntimeError where they do not fit."""
         N, K = weight.shape
+        if x.shape[-1] != K or x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
+            raise RuntimeError(
+                f"gemm=lt_tuned: x is {list(x.shape)} of {x.dtype}, the weight [{N}, {K}] {weight.dtype}"
+            )
         rows = x.reshape(-1, K).contiguous()
         if rows.data_ptr() % ALIGNED:
             rows = rows.clone()
