@@ -136,6 +136,8 @@ def test_what_was_tuned_is_a_table(fake: Pretended, tmp_path: Path, monkeypatch:
 
 
 def test_strict_wants_a_row(fake: Pretended, tmp_path: Path):
+    """Also where another policy of the process has tuned the shape."""
+    acted(policy_with(LtTuned()))
     path = tmp_path / "table.json"
     path.write_text(LtTable("sm_90", 130100, {}, {Shape(1, 2, 3, False): SAME}).text())
     with pytest.raises(UnsupportedError, match=r"gemm\.strict: table\.json has no row for \d+ x \d+ x \d+ \+ bias"):

@@ -129,9 +129,9 @@ class Known:
         """What to take for a shape, and whether it was tuned here. Raises UnsupportedError where `strict` has none."""
         here = self.device.index, shape
         found, tuned = self.rows.get(shape) or _here.get(here), shape not in self.rows
+        if tuned and self.strict:
+            raise UnsupportedError(f"gemm.strict: {self.name} has no row for {shape} on {self.arch}")
         if found is None:
-            if self.strict:
-                raise UnsupportedError(f"gemm.strict: {self.name} has no row for {shape} on {self.arch}")
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(f"gemm=lt_tuned: {shape} would be tuned inside of a capture")
             start = time.perf_counter()
@@ -158,9 +158,7 @@ class Products:
         """[..., N] of x [..., K], as `torch.nn.functional.linear`. Raises RuntimeError where they do not fit."""
         N, K = weight.shape
         if x.shape[-1] != K or x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
-            raise RuntimeError(
-                f"gemm=lt_tuned: x is {list(x.shape)} of {x.dtype}, the weight [{N}, {K}] {weight.dtype}"
-            )
+            raise RuntimeError(f"gemm=lt_tuned: x {list(x.shape)} of {x.dtype}, weight [{N}, {K}] of {weight.dtype}")
         rows = x.reshape(-1, K).contiguous()
         if rows.data_ptr() % ALIGNED:
             rows = rows.clone()
