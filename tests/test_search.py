@@ -43,7 +43,7 @@ def test_space_has_what_the_machine_can_run(cpu, h200):
     assert cpu.factors["attention.denoise"] == ("eager", "sdpa")
     assert cpu.factors["graphs"] == ("none",)
     assert set(h200.factors["attention.prefill"]) == {"eager", "sdpa", "triton"}
-    assert set(h200.factors["gemm.vision"]) == {"blas", "cublas", "cublaslt", "triton", "tunable"}
+    assert set(h200.factors["gemm.vision"]) == {"blas", "cublas", "cublaslt", "lt_tuned", "triton", "tunable"}
     assert set(h200.factors["fusion"]) == {"none", "projections", "kernels", "blocks", "hopper"}
     assert h200.factors["compile_mode.region"] == ("stage", "block")
     assert {f"fusion.rewrites.{name}" for name in plain_config()["fusion"]["rewrites"]} <= set(h200.factors)
