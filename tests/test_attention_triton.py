@@ -18,9 +18,11 @@ from interpreter import interprets, points
 from torch import Tensor
 
 from pi0exp import build, config
+from pi0exp.attention import triton_attention
 from pi0exp.attention.eager import Eager
 from pi0exp.attention.sdpa import Sdpa
 from pi0exp.attention.triton_attention import TritonAttention, attend_overlapped, triton_attend
+from pi0exp.errors import UnsupportedError
 from pi0exp.kernels import attention_ahead, attention_dense
 from pi0exp.kernels.attention_dense import attend_dense
 from pi0exp.kernels.attention_split import attend_split
@@ -183,6 +185,9 @@ def test_every_stage_gets_its_kernel():
 def test_overlap_is_the_prefills_of_one_observation(monkeypatch: pytest.MonkeyPatch):
     policy = tiny_policy()
     policy.begin("attention")
+    with pytest.raises(UnsupportedError, match=r"overlap is for one key/value head of 256; this model has 1 of \d+$"):
+        TritonAttention(overlap=True).apply(policy)
+    monkeypatch.setattr(triton_attention, "HEAD_DIM", policy.model.config.head_dim)
     TritonAttention(overlap=True).apply(policy)
     assert {one.attend.keywords["op"] for one in policy.instances(Attention, "prefill")} == {attend_overlapped}
     assert all(one.attend.keywords["op"] is attend_dense for one in policy.instances(Attention, "vision"))

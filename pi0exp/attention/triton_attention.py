@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pi0exp.errors import UnsupportedError
 from pi0exp.machine import Machine
 from pi0exp.model.layers import Attention
 from pi0exp.model.mask import Mask
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from pi0exp.config import Stack
 
 HOPPER = Requires(vendors=("nvidia",), archs=("sm_90",))
+HEAD_DIM = 256
+"""Of Gemma's heads, for which `attend_ahead` is made."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,12 @@ class TritonAttention(StagedOption):
         for stage in stages:
             op, name = (attend_split, "attend_split") if stage == "denoise" else (attend_dense, "attend_dense")
             if stage == "prefill" and self.overlap:
+                config = policy.model.config
+                if (config.num_kv_heads, config.head_dim) != (1, HEAD_DIM):
+                    raise UnsupportedError(
+                        f"attention.overlap is for one key/value head of {HEAD_DIM};"
+                        f" this model has {config.num_kv_heads} of {config.head_dim}"
+                    )
                 op, name = attend_overlapped, "attend_ahead of one observation, attend_dense of more"
             policy.fill(Attention, "attend", partial(triton_attend, op=op), (stage,), f"Triton {name}")
 
@@ -74,7 +83,7 @@ def attend_overlapped(
     from pi0exp.kernels.attention_dense import attend_dense
 
     op = attend_ahead if q_BTNH.shape[0] == 1 else attend_dense
-    mixed_BTNH: Tensor = op(q_BTNH, k_BSKH, v_BSKH, keys_BS, blind, scale)
+    mixed_BTNH: Tensor = op(q_BTNH.contiguous(), k_BSKH, v_BSKH, keys_BS, blind, scale)
     return mixed_BTNH
 
 
