@@ -40,10 +40,20 @@ OBSERVATIONS = {
     "masked": {"cameras": ((1, 0, 1),), "lengths": (6,)},
 }
 HORIZONS = {"full": 3, "no prompt": 1, "masked differently": 2, "masked": 4}
-RIGHT = [("tiny", "masked differently"), ("tiny_pi05", "no prompt")]
-THOROUGH = [("tiny", "full"), ("tiny_pi05", "masked differently"), ("tiny", "no prompt")]
-IN_ONE_LAUNCH = [("tiny", "masked"), ("tiny_pi05", "no prompt")]
-IN_ONE_LAUNCH_THOROUGH = [("tiny", "full"), ("tiny_pi05", "masked"), ("tiny", "masked differently")]
+RIGHT = [("tiny", "masked differently")]
+THOROUGH = [
+    ("tiny", "full"),
+    ("tiny_pi05", "masked differently"),
+    ("tiny", "no prompt"),
+    ("tiny_pi05", "no prompt"),
+]
+IN_ONE_LAUNCH = [("tiny_pi05", "no prompt")]
+IN_ONE_LAUNCH_THOROUGH = [
+    ("tiny", "full"),
+    ("tiny_pi05", "masked"),
+    ("tiny", "masked differently"),
+    ("tiny", "masked"),
+]
 
 
 def fusion() -> Fusion:

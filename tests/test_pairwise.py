@@ -29,7 +29,7 @@ HOST = Machine()
 SCRIPT = Path(__file__).resolve().parent.parent / "experiments" / "covering.py"
 MODELS = ["tiny", "tiny_pi05"]
 FEW = ("workload.num_steps=2", "measure.device=cpu")
-PARTS = 4
+PARTS = 6
 
 
 @pytest.fixture(scope="module", autouse=True)

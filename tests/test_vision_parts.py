@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 SCRIPT = Path(__file__).resolve().parent.parent / "experiments" / "vision_parts.py"
 
 
+@pytest.mark.slow
 def test_every_way_is_close_to_the_truth(tmp_path: Path):
     out = tmp_path / "out.json"
     done = subprocess.run([sys.executable, SCRIPT, out], capture_output=True, text=True, timeout=300)

@@ -48,8 +48,23 @@ Call = tuple[Product, int]
 """A product, and which of the weights of this shape it multiplies with: 0, 1 and so on in the order of first use."""
 
 
+_recorded: dict[str, list[Call]] = {}
+"""What decides the products of a policy, as text -> they. Asking the model takes seconds, and points that differ in
+`gemm` alone have the same."""
+
+
 def recorded(whole: PolicySubject) -> list[Call]:
-    """Every product of one call, in order. Image masking, merged matrices and rewrites of the stack are applied."""
+    """Every product of one call, in order, not to be changed. Image masking, merged matrices and rewrites of the stack
+    are applied.
+    """
+    stack = whole.stack
+    key = repr((whole.dimensions, whole.workload, stack.image_masking, stack.fusion, stack.precision))
+    if key not in _recorded:
+        _recorded[key] = _asked(whole)
+    return _recorded[key]
+
+
+def _asked(whole: PolicySubject) -> list[Call]:
     policy = whole.without_numbers()
     fusion = whole.stack.fusion
     assert isinstance(fusion, Fusion)
