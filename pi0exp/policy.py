@@ -48,7 +48,8 @@ class Policy:
 
     horizon, num_steps: size of the action chunk and number of Euler steps. applied: group -> what its option did.
     stages_apart: each call runs the functions of the stages from Python; false in one graph for the whole call.
-    closed: stage -> the switch that computes all of it, so that options for all stages leave it alone.
+    closed: stage -> the switch that computes all of it, so that options for all stages leave it alone. shared: what
+    options of single stages have in common, under a name of theirs.
     """
 
     model: Pi0
@@ -57,6 +58,7 @@ class Policy:
     applied: dict[str, list[str]] = field(default_factory=dict)
     stages_apart: bool = True
     closed: dict[str, str] = field(default_factory=dict)
+    shared: dict[str, Any] = field(default_factory=dict)
     _prepare: list[Prepare] = field(default_factory=list)
     _call: DeviceCall | None = None
     _from_host: DeviceCall | None = None

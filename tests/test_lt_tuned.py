@@ -16,6 +16,7 @@ from pi0exp import build, config, cublaslt
 from pi0exp.cublaslt import Algorithm
 from pi0exp.errors import UnsupportedError, UserError
 from pi0exp.gemm import lt_tune, lt_tuned
+from pi0exp.gemm.blas import Blas
 from pi0exp.gemm.lt_search import Found, Shape, neighbours
 from pi0exp.gemm.lt_table import LtTable, read_table, shipped
 from pi0exp.gemm.lt_tuned import ARTIFACT, LtTuned
@@ -135,6 +136,17 @@ def test_what_was_tuned_is_a_table(fake: Pretended, tmp_path: Path, monkeypatch:
     assert LtTuned(table=str(path)).files() == [str(path)]
 
 
+def test_stages_by_themselves_keep_one_table(fake: Pretended, tmp_path: Path):
+    """As `gemm.vision=lt_tuned gemm.prefill=lt_tuned` has them: an option each."""
+    policy = tiny_policy(precision=BF16)
+    policy.begin("gemm")
+    Blas(vision=LtTuned(), prefill=LtTuned()).apply(policy)
+    acted(policy)
+    assert {shape.M for shape in read_table(kept(policy, tmp_path)).rows} == {16, 56}
+    names = set(policy.counters())
+    assert {"cublaslt/products_vision", "cublaslt/products_prefill", "cublaslt/tune_s"} <= names
+
+
 def test_strict_wants_a_row(fake: Pretended, tmp_path: Path):
     """Also where another policy of the process has tuned the shape."""
     acted(policy_with(LtTuned()))
@@ -183,7 +195,10 @@ def test_a_weight_that_is_a_part_is_an_error(fake: Pretended, monkeypatch: pytes
 def test_operands_that_do_not_fit_are_refused(fake: Pretended, x: Tensor, bias: Tensor | None):
     """Where PyTorch would refuse them, too; by their addresses alone cuBLASLt would take them."""
     products = lt_tuned.Products(
-        "vision", lt_tuned.Known(LtTuned(), tiny_policy(precision=BF16)), [], lambda line: None
+        "vision",
+        lt_tuned.Known(LtTuned(), lt_tuned.Used(torch.device("cpu")), lambda line: None),
+        [],
+        lambda line: None,
     )
     with pytest.raises(RuntimeError, match=r"x \[3, \d\] of torch\..*, weight \[2, 4\] of torch.bfloat16"):
         products.matmul(x, torch.ones(2, 4, dtype=torch.bfloat16), bias)

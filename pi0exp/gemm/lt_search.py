@@ -29,6 +29,8 @@ CUSTOM = range(8)
 """Forms of one tile, to cuBLASLt itself only known by number."""
 SPLITS = ((1, 0), (2, 2), (3, 2), (4, 2))
 """Parts of K, and how they are added: not at all, or in float32 (CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE)."""
+LAYERS_BYTES = 256 * 2**20
+"""Of weights of one shape that are multiplied in turns: several times the L2 cache."""
 SHORTEST_US, LAUNCHES = 200.0, 64
 """A sample is of so many microseconds, or of so many products."""
 APART = 2**-7
@@ -61,8 +63,13 @@ class Found:
     tried: int
 
 
+def layers_in_turns(N: int, K: int) -> int:
+    """How many weights [N, K] of bf16 are enough."""
+    return max(1, LAYERS_BYTES // (2 * N * K))
+
+
 def fastest(x: Tensor, weights: Sequence[Tensor], bias: Tensor | None) -> Found:
-    """x: [M, K]. weights: [N, K] of different layers, to be used in turns. bias: [N] or None.
+    """x: [M, K]. weights: [N, K] of different layers (`layers_in_turns`), to be used in turns. bias: [N] or None.
 
     Raises CublasLtError where none of cuBLASLt's algorithms gives what PyTorch gives.
     """

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from pi0exp import cublaslt, pipes
-from pi0exp.gemm.lt_search import Found, Shape, fastest
+from pi0exp.gemm.lt_search import Found, Shape, fastest, layers_in_turns
 from pi0exp.gemm.lt_table import LtTable, shipped
-from pi0exp.gemm.lt_tuned import LAYERS_BYTES
 from pi0exp.gpu_lock import taken_here
 from pi0exp.machine import Machine, this_machine
 from pi0exp.model.config import CAMERAS, ModelConfig
@@ -38,21 +37,25 @@ def shapes(prompts: Sequence[int], config: ModelConfig) -> list[Shape]:
     vision, gemma = config.vision, config.paligemma
     heads = config.num_heads * config.head_dim
     keys = 2 * config.num_kv_heads * config.head_dim
+    of_vision = (
+        (3 * vision.width, vision.width),
+        (vision.width, vision.width),
+        (vision.mlp_dim, vision.width),
+        (vision.width, vision.mlp_dim),
+        (gemma.width, vision.width),
+    )
+    of_prefill = (
+        (heads + keys, gemma.width),
+        (keys, gemma.width),
+        (gemma.width, heads),
+        (2 * gemma.mlp_dim, gemma.width),
+        (gemma.width, gemma.mlp_dim),
+    )
     found = []
     for cameras in range(1, len(CAMERAS) + 1):
         rows = cameras * vision.num_patches
-        widths = ((3, 1), (1, 1))
-        found += [Shape(rows, n * vision.width, k * vision.width, True) for n, k in widths]
-        found += [Shape(rows, vision.mlp_dim, vision.width, True), Shape(rows, vision.width, vision.mlp_dim, True)]
-        found += [Shape(rows, gemma.width, vision.width, True)]
+        found += [Shape(rows, n, k, True) for n, k in of_vision]
         for prompt in prompts:
-            of_prefill = (
-                (heads + keys, gemma.width),
-                (keys, gemma.width),
-                (gemma.width, heads),
-                (2 * gemma.mlp_dim, gemma.width),
-                (gemma.width, gemma.mlp_dim),
-            )
             found += [Shape(rows + prompt, n, k, False) for n, k in of_prefill]
     return list(dict.fromkeys(found))
 
@@ -64,7 +67,7 @@ def operands(shape: Shape, device: torch.device) -> tuple[Tensor, list[Tensor], 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device=device)
 
-    layers = min(LAYERS, max(1, LAYERS_BYTES // (2 * shape.N * shape.K)))
+    layers = min(LAYERS, layers_in_turns(shape.N, shape.K))
     x = normal(shape.M, shape.K).bfloat16()
     weights = [(normal(shape.N, shape.K) * shape.K**-0.5).bfloat16() for _ in range(layers)]
     return x, weights, normal(shape.N).bfloat16() if shape.bias else None

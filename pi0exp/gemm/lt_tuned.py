@@ -1,7 +1,7 @@
 """NVIDIA's cuBLASLt, for each product with the algorithm that was the fastest when tried.
 
 PyTorch asks cuBLASLt's heuristics for an algorithm and takes the first; of those that they also suggest one may be much
-faster (vision's second MLP product on an H100: 16.4 us instead of 23.7; experiments/speed.md). It is what
+faster (vision's second MLP product on an H100: 16.6 us instead of 23.9; `tables/cublaslt_sm_90.json`). It is what
 `gemm=tunable` would be if PyTorch's TunableOp had candidates for CUDA.
 
 A table says what to take for a shape; what it lacks is tuned in the first call of the shape, outside of any capture,
@@ -24,7 +24,7 @@ from pi0exp.compile_mode.none import NoCompile
 from pi0exp.cublaslt import ALIGNED, WORKSPACE, Problem, Product
 from pi0exp.errors import UnsupportedError, UserError
 from pi0exp.gemm.blas import PRODUCTS
-from pi0exp.gemm.lt_search import Found, Shape, fastest
+from pi0exp.gemm.lt_search import Found, Shape, fastest, layers_in_turns
 from pi0exp.gemm.lt_table import LtTable, read_table, shipped
 from pi0exp.machine import this_machine
 from pi0exp.model.layers import Linear, MatmulFn
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from pi0exp.config import Stack
 
 ARTIFACT = "cublaslt.json"
-LAYERS_BYTES = 256 * 2**20
-"""Of weights of one shape that are multiplied in turns while tuning: several times the L2 cache."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,10 @@ class LtTuned(StagedOption):
         return reasons
 
     def apply_to(self, policy: Policy, stages: tuple[str, ...]) -> None:
-        known = Known(self, policy)
+        if ARTIFACT not in policy.shared:  # one table of all stages, whether they are one option's or have one each
+            used = policy.shared[ARTIFACT] = Used(policy.device)
+            policy.attach_with(lambda: {ARTIFACT: used.text()})
+        known = Known(self, policy.shared[ARTIFACT], policy.note)
         lines = policy.applied.setdefault("gemm", [])
         for stage in stages:
             products = Products(stage, known, policy.instances(Linear, stage), lines.append)
@@ -96,7 +97,6 @@ class LtTuned(StagedOption):
             if left := sum(one.weight.dtype != torch.bfloat16 for one in policy.instances(Linear, stage)):
                 policy.note(f"{stage}: {left} Linear that are not of bf16 stay with BLAS")
             policy.count_with(products.counters)
-        policy.attach_with(lambda: {ARTIFACT: known.text()})
 
 
 _here: dict[tuple[int | None, Shape], Found] = {}
@@ -104,46 +104,50 @@ _here: dict[tuple[int | None, Shape], Found] = {}
 seconds = {"tuning": 0.0}
 
 
-class Known:
-    """What tables and this process know of a device. Raises UserError where a given table is of another machine."""
+class Used:
+    """What the stages of a policy share: the workspace, and what they used. Raises UserError without a cuBLASLt."""
 
-    def __init__(self, option: LtTuned, policy: Policy):
-        self.device, self.strict = policy.device, option.strict
-        arch, version = this_machine().arch, cublaslt.version()
-        path = shipped(arch) if option.table is None else Path(option.table)
+    def __init__(self, device: torch.device):
+        self.device, self.machine, self.version = device, this_machine(), cublaslt.version()
+        self.workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
+        self.rows: dict[Shape, Found] = {}
+
+    def text(self) -> str:
+        """A table of the shapes that were used."""
+        return LtTable(self.machine.arch, self.version, {"gpu": self.machine.gpu}, self.rows).text()
+
+
+class Known:
+    """What a table and this process know of a device. Raises UserError where a given table is of another machine."""
+
+    def __init__(self, option: LtTuned, used: Used, note: Callable[[str], None]):
+        self.used, self.strict = used, option.strict
+        path = shipped(used.machine.arch) if option.table is None else Path(option.table)
         self.rows: dict[Shape, Found] = {}
         self.name = path.name
         if option.table is not None or path.is_file():
             table = read_table(path)
-            misfit = table.misfit(arch, version)
+            misfit = table.misfit(used.machine.arch, used.version)
             if misfit and option.table is not None:
                 raise UserError(f"gemm.table {path} was {misfit}")
             if not misfit:
                 self.rows = dict(table.rows)
-            policy.note(f"{self.name}: {misfit or f'{len(self.rows)} shapes'}")
-        self.arch, self.version = arch, version
-        self.workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=policy.device)
-        self.used: dict[Shape, Found] = {}
+            note(f"{self.name}: {misfit or f'{len(self.rows)} shapes'}")
 
     def find(self, shape: Shape, tune: Callable[[], Found]) -> tuple[Found, bool]:
         """What to take for a shape, and whether it was tuned here. Raises UnsupportedError where `strict` has none."""
-        here = self.device.index, shape
+        here = self.used.device.index, shape
         found, tuned = self.rows.get(shape) or _here.get(here), shape not in self.rows
         if tuned and self.strict:
-            raise UnsupportedError(f"gemm.strict: {self.name} has no row for {shape} on {self.arch}")
+            raise UnsupportedError(f"gemm.strict: {self.name} has no row for {shape} on {self.used.machine.arch}")
         if found is None:
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(f"gemm=lt_tuned: {shape} would be tuned inside of a capture")
             start = time.perf_counter()
             found = _here[here] = tune()
             seconds["tuning"] += time.perf_counter() - start
-        self.used[shape] = found
+        self.used.rows[shape] = found
         return found, tuned
-
-    def text(self) -> str:
-        """A table of the shapes that were used."""
-        machine = this_machine()
-        return LtTable(self.arch, self.version, {"gpu": machine.gpu or ""}, self.used).text()
 
 
 class Products:
@@ -168,7 +172,7 @@ class Products:
         if shape not in self.made:
             self.made[shape] = self._make(shape, rows, weight, bias)
         out = x.new_empty((*x.shape[:-1], N))
-        self.made[shape](rows, weight, bias, out, self.known.workspace)
+        self.made[shape](rows, weight, bias, out, self.known.used.workspace)
         return out
 
     def _make(self, shape: Shape, x: Tensor, weight: Tensor, bias: Tensor | None) -> Product:
@@ -184,8 +188,7 @@ class Products:
         """Those of this shape, from several layers, this one first."""
         others = [one.weight for one in self.linears if one.weight.shape == like.shape and one.weight is not like]
         others = [one for one in others if one.dtype == like.dtype and one.data_ptr() % ALIGNED == 0]
-        enough = max(1, LAYERS_BYTES // (like.numel() * like.element_size()))
-        return [like, *others][:enough]
+        return [like, *others][: layers_in_turns(*like.shape)]
 
     def counters(self) -> dict[str, float]:
         """See LtTuned."""
