@@ -62,6 +62,23 @@ def observed(whole: PolicySubject) -> list[tuple[str, int, int, int, bool, str]]
 @pytest.mark.parametrize(
     "words",
     [
+        "model=tiny_pi05",
+        "workload.horizon=7",
+        "image_masking=skip",
+        "fusion=projections",
+        "precision=fp32",
+    ],
+)
+def test_a_policy_is_asked_once_and_another_one_anew(words: str):
+    """The gemm alone decides nothing; each of the words does."""
+    first = products_of("workload=masked").calls
+    assert products_of("workload=masked", "gemm=cublaslt").calls is first
+    assert products_of("workload=masked", words).calls != first
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
         "",
         "workload=masked image_masking=skip fusion=projections",
         "fusion=projections fusion.rewrites.batch_cameras=true fusion.rewrites.last_layer_kv=true"
