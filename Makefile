@@ -41,10 +41,10 @@ demo: $(READY) ## Measure the policy on a recorded observation: Pi0 with a GPU, 
 	@$(RUN) experiments/demo.py
 
 test: $(READY) ## The tests of every day, under 15 minutes on 2 cores
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: $(READY) ## Compilers, whole sweeps, installs, Ray, submitit, PostgreSQL, 50 kills; under an hour on 2 cores
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile -m slow
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow
 
 FAULTS := tests/test_fault_table.py tests/test_faults.py tests/test_lost_store.py tests/test_killed.py tests/test_faults_gpu.py
 faults: $(READY) ## Inject every fault, then write what came of them to docs/faults.md

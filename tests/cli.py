@@ -9,6 +9,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from stores import laid
 
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
@@ -35,13 +36,18 @@ def environment(scratch: Path) -> dict[str, str]:
     return kept | {"PYTHONPATH": path, "TMPDIR": str(scratch), "OMP_NUM_THREADS": "1"}
 
 
-def start(root: Path, *words: str, scratch: Path | None = None, **variables: str) -> subprocess.Popen[str]:
+def start(
+    root: Path, *words: str, scratch: Path | None = None, store: bool = True, **variables: str
+) -> subprocess.Popen[str]:
     """`python -m pi0exp` with its store in `root`, in a process group of its own.
 
-    scratch: for its temporary files, `root` unless it is given. variables: of its environment, beside the usual ones.
+    scratch: for its temporary files, `root` unless it is given. store: an empty one is there before it starts, if it is
+    its folder's first; else the command makes it. variables: of its environment, beside the usual ones.
     """
     if scratch is None:
         root.mkdir(parents=True, exist_ok=True)
+    if store:
+        laid(root)
     return subprocess.Popen(
         [sys.executable, "-m", "pi0exp", f"track.root={root}", *words],
         cwd=REPOSITORY,
@@ -62,9 +68,14 @@ def heed_signals() -> None:
 
 
 def pi0exp(
-    root: Path, *words: str, scratch: Path | None = None, timeout_s: float = 300, **variables: str
+    root: Path,
+    *words: str,
+    scratch: Path | None = None,
+    timeout_s: float = 300,
+    store: bool = True,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    process = start(root, *words, scratch=scratch, **variables)
+    process = start(root, *words, scratch=scratch, store=store, **variables)
     out, err = process.communicate(timeout=timeout_s)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 

@@ -1,65 +1,16 @@
-"""Much of tests' time is Hydra's, composing from files that do not change meanwhile; this process keeps what it can.
-
-What a test starts as a process of its own composes as it does for every user.
-"""
-
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
-from typing import Any
-
+import kept
 import pytest
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
-
-from pi0exp import compose, plugins
-
-SESSIONS: dict[tuple[str, tuple[plugins.Plugin, ...]], Any] = {}
-"""(folder, plugins) -> what Hydra holds during a session."""
-FILES: dict[tuple[str, int], Any] = {}
-"""(file, time of its last change) -> what stands in it."""
-CONFIGURATIONS: dict[tuple[tuple[str, ...], tuple[plugins.Plugin, ...]], dict[str, Any]] = {}
-"""(words, plugins) -> what they compose to."""
-
-
-@contextmanager
-def kept_session(config_dir: str, **given: Any) -> Iterator[None]:
-    """`initialize_config_dir`, which goes on with the first session of its kind."""
-    key = (config_dir, plugins.installed())
-    if key not in SESSIONS:
-        with initialize_config_dir(config_dir, **given):
-            SESSIONS[key] = GlobalHydra.instance().hydra
-    state = GlobalHydra.instance()
-    before, state.hydra = state.hydra, SESSIONS[key]
-    try:
-        yield
-    finally:
-        state.hydra = before
-
-
-def kept_file(file: Any, load: Any = OmegaConf.load) -> Any:
-    """`OmegaConf.load`; a third of what composing takes is PyYAML reading the same twenty files."""
-    name = str(file if isinstance(file, str | os.PathLike) else file.name)
-    key = (name, os.stat(name).st_mtime_ns)
-    if key not in FILES:
-        FILES[key] = load(file)
-    return deepcopy(FILES[key])
-
-
-def kept_words(words: Sequence[str], compose_anew: Any = compose.from_words) -> dict[str, Any]:
-    """`compose.from_words`."""
-    key = (tuple(words), plugins.installed())
-    if key not in CONFIGURATIONS:
-        CONFIGURATIONS[key] = compose_anew(words)
-    return deepcopy(CONFIGURATIONS[key])
-
 
 # Not in a fixture: many parameters are composed while tests are collected.
-compose.initialize_config_dir = kept_session
-compose.from_words = kept_words
-OmegaConf.load = staticmethod(kept_file)
+kept.keep_all()
+
+LONGEST = ("policy_studies", "attention_triton", "blocks", "cli", "faults", "search_whole", "killed", "subject_studies")
+"""Files that take minutes. One that is begun last leaves the other processes idle."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
 
 
 @pytest.fixture

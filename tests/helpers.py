@@ -134,6 +134,14 @@ def noise_for(policy: Policy, observation: Observation, seed: int = 0) -> Tensor
     return torch.randn(observation.batch_size, policy.horizon, policy.model.config.action_dim, generator=generator)
 
 
+COMPILE = torch.compile
+
+
+def traced(function: Any, options: Any = None, **rest: Any) -> Any:
+    """For torch.compile: no code is generated."""
+    return COMPILE(function, backend="eager", **rest)
+
+
 class PretendedGraph:
     """Stands in for pi0exp.graphs.capture.Graph, which needs a GPU.
 

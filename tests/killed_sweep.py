@@ -13,11 +13,13 @@ import signal
 import sqlite3
 import sys
 import time
-from contextlib import closing, suppress
+from contextlib import closing, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import hydra.core.global_hydra  # noqa: F401
+import kept
 import mlflow.store.tracking.sqlalchemy_store
 from cli import TOY, processes
 
@@ -42,9 +44,11 @@ def main(root: Path, study: str, kills: int, seed: int) -> None:
     source_digest()  # one code for all starts, whatever is edited meanwhile
     Store.open(None, root / "mlruns")  # once, in seconds; what a kill leaves of it is another test's
     mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore._engine_map.clear()  # a fork must not share connections
+    kept.keep_configurations()
     while done < kills:
         sweeps += 1
         words = sweep(root, f"{study}_{sweeps}")
+        compose_once(words)
         while done < kills:
             pid, first_point = start(words)
             if chance.random() < AT_WORK:
@@ -73,6 +77,20 @@ def main(root: Path, study: str, kills: int, seed: int) -> None:
 def sweep(root: Path, study: str) -> list[str]:
     points = ",".join(f"toy{i}" for i in range(POINTS))
     return [*TOY, f"track.root={root}/mlruns", f"name={study}", "-m", f"+subject.fault={points}"]
+
+
+def compose_once(words: list[str]) -> None:
+    """What would take each start of this sweep seconds: the composition of its points. Nothing is measured."""
+    sys.argv[1:] = words
+    made = {"outcome": "ok", "reasons": [], "exit_code": 0}
+    with (
+        patch.object(command, "point", lambda plain: made),
+        open(os.devnull, "w") as sink,
+        redirect_stdout(sink),
+        redirect_stderr(sink),
+        suppress(SystemExit),
+    ):
+        command.main()
 
 
 def start(words: list[str]) -> tuple[int, int]:

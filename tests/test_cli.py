@@ -296,7 +296,7 @@ def test_refused_in_one_line(words, causes, tmp_path):
 
 
 def test_sweep_is_composed_before_its_first_point(tmp_path):
-    done = pi0exp(tmp_path, *QUICK, "-m", "attention=eager,flsh")
+    done = pi0exp(tmp_path, *QUICK, "-m", "attention=eager,flsh", store=False)
     assert "attention/flsh" in error_line(done)
     assert not (tmp_path / "mlflow.db").exists()
 

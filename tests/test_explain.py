@@ -244,7 +244,7 @@ def test_a_damaged_result_file_is_told_and_left_out(monkeypatch, capsys, tmp_pat
 def test_explained_measured_explained(tmp_path):
     """Nothing is there before and nothing is left; then the point is measured; then its time is told."""
     words = (*QUICK, "workload.num_steps=3")
-    before = pi0exp(tmp_path, *words, *EXPLAIN)
+    before = pi0exp(tmp_path, *words, *EXPLAIN, store=False)
     assert (before.returncode, before.stderr) == (0, "")
     assert "measured  not by this code on this machine" in before.stdout
     assert not (tmp_path / "mlflow.db").exists()
@@ -264,7 +264,7 @@ def test_explained_measured_explained(tmp_path):
 
 def test_sweep_has_a_row_a_point(tmp_path):
     words = ("model=tiny", "measure=explain", "measure.device=cpu", "-m", "attention=eager,sdpa", "graphs=none,manual")
-    done = pi0exp(tmp_path, *words)
+    done = pi0exp(tmp_path, *words, store=False)
     assert (done.returncode, done.stderr) == (0, "")
     head, *rows = [line.split() for line in done.stdout.split("#  attention")[1].splitlines()]
     assert head == ["graphs", "numerics", "floor", "ms", "p50", "ms", "can", "run"]

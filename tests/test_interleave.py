@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from cli import REPOSITORY, environment
+from cli import QUICK, REPOSITORY, environment
 from helpers import plain_config
 
 from pi0exp import build, config, subject
@@ -142,7 +142,7 @@ def test_refusal_of_the_child_is_the_users_error(monkeypatch):
 @pytest.mark.slow
 def test_tiny_policies_take_turns():
     """Both verified, both timed, whole rounds: eager attention against SDPA of the tiny model."""
-    words = ("model=tiny", "measure=quick", "measure.device=cpu", "measure.warmup_s=0", "measure.warmup_max_s=0")
+    words = (*QUICK, "measure.inputs=2", "workload.num_steps=1")
     told, start = [], time.perf_counter()
     result, found = measure_pair_isolated(
         plain_config(*words), plain_config(*words, "attention=sdpa"), ROUNDS, told.append

@@ -59,9 +59,9 @@ def test_same_stack_is_not_found_different():
 @pytest.mark.slow
 @pytest.mark.parametrize("phi", [0.0, 0.7, 0.95, 0.99, 0.999])
 def test_false_alarms_are_at_most_nominal(phi):
-    missed, called = false_alarms(phi, 3000)
-    assert missed <= at_most(3000, NOMINAL)
-    assert called <= at_most(3000, NOMINAL)
+    missed, called = false_alarms(phi, 1500)
+    assert missed <= at_most(1500, NOMINAL)
+    assert called <= at_most(1500, NOMINAL)
 
 
 @pytest.mark.parametrize("phi", [0.0, 0.9, 0.99])
@@ -200,7 +200,7 @@ def test_autocorrelation_time(phi):
 @pytest.mark.parametrize("phi", [0.0, 0.5, 0.9])
 def test_samples_of_one_process(phi, statistic):
     """The rate that the docstring states."""
-    random, count = np.random.default_rng(5), 600
+    random, count = np.random.default_rng(5), 250
     missed = 0
     for _ in range(count):
         a, b = 16 * np.exp(0.01 * noise(random, (2, 200), phi))

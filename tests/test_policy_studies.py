@@ -1,11 +1,14 @@
 """The studies of the whole policy, whole, on the tiny model: each of their points that can run without a GPU runs.
 
-Points share a process, graphs are pretended and nothing is compiled (`whole_study.py`), which leaves seconds a point.
+Points of a study share a process, graphs are pretended and nothing is compiled (`whole_study.py`): seconds a point.
 """
 
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from cli import QUICK, REPOSITORY, TESTS, environment, runs
@@ -52,18 +55,32 @@ def test_every_study_runs_whole_somewhere():
         assert all(f"study={name}" in (TESTS / file).read_text() for name in names)
 
 
-def whole(root: Path, *words: str) -> str:
-    line = [sys.executable, str(TESTS / "whole_study.py"), *words, f"track.root={root}"]
-    done = subprocess.run(line, cwd=REPOSITORY, env=environment(root), capture_output=True, text=True, timeout=850)
-    assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
-    return done.stdout
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[subprocess.Popen[str]]:
+    """Whatever has imported everything, and forks for a study."""
+    line = [sys.executable, str(TESTS / "whole_study.py"), "--serve"]
+    env = environment(tmp_path_factory.mktemp("scratch"))
+    with subprocess.Popen(line, cwd=REPOSITORY, env=env, stdin=PIPE, stdout=PIPE, text=True) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def whole(server: subprocess.Popen[str], root: Path, *words: str) -> str:
+    assert server.stdin is not None
+    assert server.stdout is not None
+    out, err = root / "stdout.txt", root / "stderr.txt"
+    print(json.dumps([str(out), str(err), *words, f"track.root={root}"]), file=server.stdin, flush=True)
+    code = int(server.stdout.readline())
+    assert code == 0, (out.read_text()[-3000:], err.read_text()[-3000:])
+    return out.read_text()
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_study(study, tmp_path, capsys):
+def test_study(study, server, tmp_path, capsys):
     words, expected = STUDIES[study]
     given = (f"study={study}", *FEW, *words)
-    out = whole(tmp_path, *given)
+    out = whole(server, tmp_path, *given)
     points = len(sweep.planned(given))
     assert out.splitlines()[-1] == f"study {study}: {points} of {points} points settled, complete"
     found = runs(tmp_path, study)
@@ -78,10 +95,10 @@ def test_study(study, tmp_path, capsys):
     assert "tiny" in shown
 
 
-def test_second_time_everything_is_settled(tmp_path):
+def test_second_time_everything_is_settled(server, tmp_path):
     words = ("study=perf_per_watt", *FEW, *STUDIES["perf_per_watt"][0])
-    whole(tmp_path, *words)
+    whole(server, tmp_path, *words)
     before = len(runs(tmp_path, "perf_per_watt"))
-    again = whole(tmp_path, *words)
+    again = whole(server, tmp_path, *words)
     assert again.count("already measured") == before
     assert len(runs(tmp_path, "perf_per_watt")) == before

@@ -64,7 +64,7 @@ def test_gemm_efficiency_and_going_on_with_it(tmp_path):
     words = ("study=gemm_efficiency", "graphs=none", "workload.num_steps=1")
     whole(tmp_path, *words)
     found = outcomes(tmp_path, "gemm_efficiency", "precision", "gemm")
-    assert len(found) == 14
+    assert len(found) == 16
     assert [name for name, outcome in found.items() if outcome != "unsupported"] == ["bf16 blas"]
     assert found["bf16 blas"] == "ok"
     [made] = [run for run in runs(tmp_path, "gemm_efficiency") if run.data.tags["outcome"] == "ok"]
@@ -72,8 +72,8 @@ def test_gemm_efficiency_and_going_on_with_it(tmp_path):
     samples = json.loads(artifact(tmp_path, made, "result.json").read_text())["samples"]
     assert len(samples["case_us/prefill/68x48x128"]) == 7
     again = whole(tmp_path, *words)
-    assert len(runs(tmp_path, "gemm_efficiency")) == 14
-    assert again.count("already measured") == 14
+    assert len(runs(tmp_path, "gemm_efficiency")) == 16
+    assert again.count("already measured") == 16
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 import json
+import re
 import shutil
 import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import stores
 
 from pi0exp import backend
 from pi0exp.errors import UserError
@@ -234,10 +237,21 @@ def test_processes_create_a_store_together_and_silently(tmp_path):
         assert connection.execute("SELECT count(*) FROM runs").fetchone() == (4,)
 
 
-def test_half_created_store_is_begun_again(tmp_path):
+def test_half_created_store_is_begun_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(backend, "_create", stores.MADE_BY_MLFLOW)
     (tmp_path / ".mlflow.db.new").write_text("left by a process that was killed")
     Store.open(None, tmp_path)
     assert not (tmp_path / ".mlflow.db.new").exists()
+    stores.copied(tmp_path / "copy.db", tmp_path)
+    made, copied = (content(tmp_path / name) for name in ("mlflow.db", "copy.db"))
+    assert len(made) > 100
+    assert copied == made, "what the tests copy is what MLflow makes"
+
+
+def content(file: Path) -> list[str]:
+    """All that a database holds, without times."""
+    with closing(sqlite3.connect(file)) as connection:
+        return sorted(re.sub(r"\b\d{13}\b", "time", line) for line in connection.iterdump())
 
 
 FULL = """
