@@ -1,4 +1,4 @@
-"""Empty MLflow stores, copied: MLflow takes seconds for the tables of a new file, which a hundred tests would wait for."""
+"""Empty MLflow stores, copied: MLflow takes seconds for the tables of a new file, and a hundred tests would wait."""
 
 import sqlite3
 import tempfile

@@ -142,7 +142,7 @@ def test_refusal_of_the_child_is_the_users_error(monkeypatch):
 @pytest.mark.slow
 def test_tiny_policies_take_turns():
     """Both verified, both timed, whole rounds: eager attention against SDPA of the tiny model."""
-    words = (*QUICK, "measure.inputs=2", "workload.num_steps=1")
+    words = (*QUICK, "workload.num_steps=1")
     told, start = [], time.perf_counter()
     result, found = measure_pair_isolated(
         plain_config(*words), plain_config(*words, "attention=sdpa"), ROUNDS, told.append
