@@ -43,12 +43,12 @@ def main(root: Path, study: str, kills: int, seed: int) -> None:
     isolate.CHILD = "noop_child"
     source_digest()  # one code for all starts, whatever is edited meanwhile
     Store.open(None, root / "mlruns")  # once, in seconds; what a kill leaves of it is another test's
-    mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore._engine_map.clear()  # a fork must not share connections
     kept.keep_configurations()
     while done < kills:
         sweeps += 1
         words = sweep(root, f"{study}_{sweeps}")
         compose_once(words)
+        mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore._engine_map.clear()  # a fork must not share connections
         while done < kills:
             pid, first_point = start(words)
             if chance.random() < AT_WORK:
