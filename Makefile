@@ -40,11 +40,14 @@ check-environment:
 demo: $(READY) ## Measure the policy on a recorded observation: Pi0 with a GPU, the tiny model without
 	@$(RUN) experiments/demo.py
 
+# Files begin in the order of tests/conftest.py, the longest first.
+PYTEST := $(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(READY) ## The tests of every day, under 15 minutes on 2 cores
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(READY) ## Compilers, whole sweeps, installs, Ray, submitit, PostgreSQL, 50 kills; under an hour on 2 cores
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow
+	$(PYTEST) -m slow
 
 FAULTS := tests/test_fault_table.py tests/test_faults.py tests/test_lost_store.py tests/test_killed.py tests/test_faults_gpu.py
 faults: $(READY) ## Inject every fault, then write what came of them to docs/faults.md

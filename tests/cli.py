@@ -80,6 +80,18 @@ def pi0exp(
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def run_here(words: list[str]) -> int:
+    """`python -m pi0exp WORDS` in this process, which a fork calls: its exit code."""
+    from pi0exp.__main__ import main
+
+    sys.argv[1:] = words
+    try:
+        main()
+    except SystemExit as left:
+        return int(left.code or 0)
+    raise AssertionError("the command ends with an exit code")
+
+
 def module(name: str, *words: object, cwd: Path = REPOSITORY, scratch: Path) -> subprocess.CompletedProcess[str]:
     """`python -m NAME WORDS`."""
     line = [sys.executable, "-m", name, *map(str, words)]

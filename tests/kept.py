@@ -80,13 +80,13 @@ def kept_configuration(
 
 
 def keep_files_and_tables() -> None:
-    """What never shows: for scripts of tests that run the program in their own process."""
+    """Whatever composes, and whoever opens a store."""
     OmegaConf.load = staticmethod(kept_file)
     backend._create = copied
 
 
 def keep_configurations() -> None:
-    """For a process that composes the same again and again, or whose forks do."""
+    """For a script that runs whole commands which compose the same, or whose forks do."""
     ConfigLoaderImpl.load_configuration = kept_configuration
 
 

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import hydra.core.global_hydra  # noqa: F401
 import kept
 import mlflow.store.tracking.sqlalchemy_store
-from cli import TOY, processes
+from cli import TOY, processes, run_here
 
 import pi0exp.explain  # noqa: F401
 from pi0exp import __main__ as command
@@ -81,16 +81,14 @@ def sweep(root: Path, study: str) -> list[str]:
 
 def compose_once(words: list[str]) -> None:
     """What would take each start of this sweep seconds: the composition of its points. Nothing is measured."""
-    sys.argv[1:] = words
     made = {"outcome": "ok", "reasons": [], "exit_code": 0}
     with (
         patch.object(command, "point", lambda plain: made),
         open(os.devnull, "w") as sink,
         redirect_stdout(sink),
         redirect_stderr(sink),
-        suppress(SystemExit),
     ):
-        command.main()
+        assert run_here(words) == 0
 
 
 def start(words: list[str]) -> tuple[int, int]:
@@ -109,12 +107,7 @@ def start(words: list[str]) -> tuple[int, int]:
         return isolated(*given, **named)
 
     point.measure_isolated = measure
-    sys.argv[1:] = words
-    try:
-        command.main()
-    except SystemExit as left:
-        os._exit(int(left.code or 0))
-    os._exit(1)
+    os._exit(run_here(words))
 
 
 def tally(root: Path) -> dict[str, int]:

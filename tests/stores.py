@@ -23,7 +23,7 @@ def copied(path: Path, root: Path) -> None:
     """For `pi0exp.backend._create`: the same file."""
     path.write_bytes(_tables())
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("UPDATE experiments SET artifact_location = ?", [f"{root.absolute().as_uri()}/0"])
+        connection.execute("UPDATE experiments SET artifact_location = ?", [f"{root.as_uri()}/0"])
 
 
 def laid(root: Path) -> None:

@@ -116,6 +116,9 @@ def test_command(tmp_path):
     shown = module("pi0exp.machine", scratch=tmp_path)
     assert (shown.returncode, shown.stderr) == (0, "")
     check_table(shown.stdout)
+    told = module("pi0exp.machine", "--json", scratch=tmp_path)
+    assert told.returncode == 0
+    assert set(json.loads(told.stdout)) == {"machine", "options"}
 
 
 def test_command_opens_no_gpu_context():

@@ -4,6 +4,8 @@ Points of a study share a process, graphs are pretended and nothing is compiled 
 """
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,12 +60,12 @@ def test_every_study_runs_whole_somewhere():
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[subprocess.Popen[str]]:
     """Whatever has imported everything, and forks for a study."""
-    line = [sys.executable, str(TESTS / "whole_study.py"), "--serve"]
+    line = [sys.executable, str(TESTS / "whole_study.py")]
     env = environment(tmp_path_factory.mktemp("scratch"))
-    with subprocess.Popen(line, cwd=REPOSITORY, env=env, stdin=PIPE, stdout=PIPE, text=True) as process:
+    given = {"stdin": PIPE, "stdout": PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(line, cwd=REPOSITORY, env=env, **given) as process:
         yield process
-        assert process.stdin is not None
-        process.stdin.close()
+        os.killpg(process.pid, signal.SIGKILL)  # and a study that did not come to an end
 
 
 def whole(server: subprocess.Popen[str], root: Path, *words: str) -> str:
@@ -71,8 +73,8 @@ def whole(server: subprocess.Popen[str], root: Path, *words: str) -> str:
     assert server.stdout is not None
     out, err = root / "stdout.txt", root / "stderr.txt"
     print(json.dumps([str(out), str(err), *words, f"track.root={root}"]), file=server.stdin, flush=True)
-    code = int(server.stdout.readline())
-    assert code == 0, (out.read_text()[-3000:], err.read_text()[-3000:])
+    code = server.stdout.readline()
+    assert code == "0\n", (out.read_text()[-3000:], err.read_text()[-3000:])
     return out.read_text()
 
 

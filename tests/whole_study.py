@@ -1,18 +1,18 @@
-"""`python -m pi0exp WORDS` for whole studies on any machine: every point in this process, one after the other.
+"""`python -m pi0exp WORDS` for whole studies on any machine: every point in one process, one after the other.
 
-    python tests/whole_study.py study=ladder model=tiny measure=quick
-    python tests/whole_study.py --serve
+    python tests/whole_study.py < LINES
 
-Everything is the program's own but for what takes a GPU or minutes: a graph runs its function again, `torch.compile`
-traces and generates no code, and no point has a process of its own. With --serve each line of standard input is a JSON
-list [file for stdout, file for stderr, word, ...]: a fork runs the words, and a line with its exit code answers. So
-libraries are imported once.
+Each line of standard input is a JSON list [file for stdout, file for stderr, word, ...]: a fork runs the words, and a
+line with its exit code answers. So libraries are imported once. Everything is the program's own but for what takes a
+GPU or minutes: a graph runs its function again, `torch.compile` traces and generates no code, and no point has a
+process of its own.
 """
 
 import gc
 import json
 import os
 import sys
+import traceback
 from typing import Any
 
 import hydra.core.global_hydra  # noqa: F401
@@ -20,10 +20,10 @@ import kept
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 import torch
 import torch._dynamo
+from cli import run_here
 from helpers import PretendedGraph, traced
 
 from pi0exp import compose, measure, point
-from pi0exp.__main__ import main
 from pi0exp.backend import import_mlflow
 from pi0exp.graphs import capture
 from pi0exp.option import Requires
@@ -37,15 +37,6 @@ def measure_here(plain: dict[str, Any], *_: Any, **__: Any) -> Result:
     return Result(**json.loads(json.dumps(made.to_dict())))
 
 
-def run(words: list[str]) -> int:
-    sys.argv[1:] = words
-    try:
-        main()
-    except SystemExit as left:
-        return int(left.code or 0)
-    return 0
-
-
 def serve() -> None:
     import_mlflow()
     compose.from_words(["model=tiny"])
@@ -57,11 +48,12 @@ def serve() -> None:
                 os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             code = 1
             try:
-                code = run(words)
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
+                code = run_here(words)
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
@@ -72,7 +64,4 @@ if __name__ == "__main__":
     point.measure_isolated = measure_here
     kept.keep_files_and_tables()
     kept.keep_configurations()
-    if sys.argv[1:] == ["--serve"]:
-        serve()
-    else:
-        sys.exit(run(sys.argv[1:]))
+    serve()
