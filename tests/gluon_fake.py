@@ -124,10 +124,8 @@ def arrive(bar: Shared) -> None:
         _changed.notify_all()
 
 
-def wait_for_phase(bar: Shared, phase: int, pred: Any = True) -> None:
+def wait_for_phase(bar: Shared, phase: int) -> None:
     """Until the phase of this parity is over."""
-    if not pred:
-        return
     with _changed:
         there = _changed.wait_for(lambda: _here.errors or (int(bar.tensor) & 1) != phase, WAIT_S)
     assert there, "a warp waits for what does not come"
@@ -164,7 +162,6 @@ LANGUAGE = SimpleNamespace(
     constexpr=triton.language.constexpr, SliceLayout=lambda dim, parent: None,
     arange=lambda begin, end, layout=None: torch.arange(begin, end),
     zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
-    full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
     reshape=lambda x, shape: x.reshape(shape), permute=lambda x, order: x.permute(*order),
     convert_layout=lambda x, layout, assert_trivial=False: x, split=lambda x: (x[..., 0], x[..., 1]),
     sum=lambda x, axis: x.sum(axis), max=lambda x, axis: x.amax(axis), where=either, cast=cast,
@@ -181,7 +178,7 @@ MBARRIER = SimpleNamespace(
 NAMES = {
     "gl": LANGUAGE, "tl": LANGUAGE,  # functions of Triton that Gluon's call
     "mbarrier": MBARRIER, "load_block": load_block, "barrier": lambda: None, "mma_v2": product,
-    "warpgroup_mma": product, "warpgroup_mma_wait": lambda outstanding, deps: tuple(deps) if len(deps) > 1 else deps[0],
+    "warpgroup_mma": product, "warpgroup_mma_wait": lambda outstanding, deps: deps[0],
     "fence_async_shared": lambda: None, "order_copies": lambda i: None, "wait_until": wait_until,
 }  # fmt: skip
 
@@ -193,7 +190,7 @@ class Launcher:
         self.function = function
 
     def __getitem__(self, grid: tuple[int]) -> Any:
-        def launch(num_warps: int, launch_cooperative_grid: bool = False, **arguments: Any) -> None:
+        def launch(num_warps: int, launch_cooperative_grid: bool, **arguments: Any) -> None:
             given = {
                 name: Pointer(value, value.storage_offset()) if name.endswith("_ptr") and value is not None else value
                 for name, value in arguments.items()

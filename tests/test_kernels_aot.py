@@ -23,7 +23,6 @@ TARGETS = {
 LDS_BYTES = {"gfx942": 64 * 1024, "gfx950": 160 * 1024, "sm_90": 227 * 1024}
 """What one block may have. Triton itself does not refuse more for AMD; the launch would."""
 EVERY_DAY = {
-    ("attend_ahead", "hidden keys"): ("sm_90",),
     ("rms_norm", "prefill"): ("gfx942", "sm_90"),
     ("add_adarms_norm", "denoise"): ("gfx950",),
     ("add_layer_norm", "vision"): ("gfx942",),
