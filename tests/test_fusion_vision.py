@@ -1,6 +1,7 @@
 """Patches as a product, and GELU in a product's epilogue: what they compute, and what refuses the epilogue."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -51,10 +52,7 @@ REFUSED = [
     (["gemm.addmm_lt=false"], [CUBLASLT]),
     (["gemm.vision=triton"], [CUBLASLT]),
     (["compile_mode.denoise=default"], []),
-    (
-        ["compile_mode=default"],
-        ["fusion: gelu_epilogue would be taken apart by a compiler: compile_mode.vision must be none"],
-    ),
+    (["compile_mode=default"], []),
     (["precision=fp8", "precision.keep=[vision]"], []),
     (
         ["precision=fp32"],
@@ -78,6 +76,27 @@ def test_the_epilogue_is_for_nvidia():
     assert re.search(vision.PROOF, "nvjet_sm90_tst_208x128_64x5_1x2_h_bz_coopA_gelubias_TNN")
     (reason,) = build.unmet(stack, MI300)
     assert reason.startswith("fusion: gelu_epilogue needs a GPU of nvidia")
+
+
+def test_a_compiler_does_not_take_the_epilogue_apart():
+    """In its graph the product with GELU is one operation; the values are those without a compiler."""
+    seen: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        seen.append(graph)
+        return graph
+
+    mlp = VisionMlp(config.model(plain_config("model=tiny"))[0].vision)
+    x = torch.randn(2, 4, mlp.fc1.weight.shape[1])
+    with torch.inference_mode():
+        for parameter in mlp.parameters():
+            parameter.normal_(std=0.3)
+        compiled = torch.compile(vision.hidden, backend=backend, fullgraph=True)(mlp, x)
+        torch.testing.assert_close(compiled, vision.hidden(mlp, x), rtol=0, atol=0)
+    [graph] = seen
+    assert [node.target for node in graph.graph.nodes if "gelu" in str(node.target)] == [
+        torch.ops.pi0exp.product_with_gelu.default
+    ]
 
 
 @pytest.mark.gpu

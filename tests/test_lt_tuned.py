@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from helpers import lacking, noise_for, plain_config, tiny_observation, tiny_pol
 from torch import Tensor
 
 from pi0exp import build, config, cublaslt
+from pi0exp.compile_mode.default import Default
+from pi0exp.compile_mode.inductor import Region
 from pi0exp.cublaslt import Algorithm
 from pi0exp.errors import UnsupportedError, UserError
 from pi0exp.gemm import lt_tune, lt_tuned
@@ -177,6 +179,58 @@ def test_a_table_of_another_machine(fake: Pretended, tmp_path: Path, monkeypatch
     assert policy.counters()["cublaslt/tuned_here_denoise"] > 0
 
 
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile without code generation."""
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, *, options, **rest: compile_(function, backend="eager", **rest)
+    )
+    with torch._dynamo.config.patch():
+        yield
+        torch._dynamo.reset()
+
+
+def compiled_with(option: LtTuned, region: Region) -> Policy:
+    policy = policy_with(option)
+    policy.begin("compile_mode")
+    Default(region=region).apply(policy)
+    return policy
+
+
+@pytest.mark.usefixtures("traced")
+@pytest.mark.parametrize("region", list(Region))
+def test_compiled_code_multiplies_with_it(fake: Pretended, region: Region):
+    """The same actions, and the same products as without a compiler; counted in the policy that is called."""
+    plain, compiled = policy_with(LtTuned()), compiled_with(LtTuned(), region)
+    wanted = acted(plain)
+    made = set(fake.made)
+    fake.made.clear()
+    assert torch.equal(acted(compiled), wanted)
+    assert set(fake.made) == made
+    names = [name for name in plain.counters() if name.startswith("cublaslt/products")]
+    assert len(names) == 3
+    assert [compiled.counters()[name] for name in names] == [plain.counters()[name] for name in names]
+
+
+@pytest.mark.usefixtures("traced")
+def test_compiled_code_does_not_take_another_policys_table(fake: Pretended, tmp_path: Path):
+    """Each keeps its algorithms while both live; what was compiled for one that is gone serves its twin."""
+    first = compiled_with(LtTuned(), Region.block)
+    actions = acted(first)
+    path = kept(first, tmp_path)
+    path.write_text(path.read_text().replace('"custom": 3', '"custom": 5'))
+    second = compiled_with(LtTuned(table=str(path)), Region.block)
+    fake.made.clear()
+    assert torch.equal(acted(second), actions)
+    assert {algorithm.custom for _, algorithm in fake.made} == {5}
+    fake.made.clear()
+    third = compiled_with(LtTuned(), Region.block)
+    assert torch.equal(acted(third), actions)
+    assert torch.equal(acted(first), actions)
+    assert {algorithm.custom for _, algorithm in fake.made} == {3}
+
+
 def test_a_weight_that_is_a_part_is_an_error(fake: Pretended, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lt_tuned, "ALIGNED", 2**40)
     with pytest.raises(RuntimeError, match="is a part of another tensor"):
@@ -211,11 +265,15 @@ def test_what_it_does_not_go_with():
 
     assert reasons("gemm=lt_tuned") == []
     assert reasons("stack=12_tuned") == []
-    (found,) = reasons("gemm.prefill=lt_tuned", "compile_mode=default")
-    assert found.startswith("gemm.prefill: ")
-    assert found.endswith("compile_mode.prefill must be none")
-    assert len(reasons("gemm=lt_tuned", "compile_mode=default")) == 3
-    assert reasons("gemm.prefill=lt_tuned", "compile_mode.vision=default") == []
+    assert reasons("stack=library_tuned") == []
+    assert reasons("gemm=lt_tuned", "compile_mode=aggressive") == []
+    for mode in ("max_autotune_no_graphs", "max_autotune"):
+        (found,) = reasons("gemm.prefill=lt_tuned", f"compile_mode={mode}")
+        assert found.startswith(
+            "gemm.prefill: compile_mode.prefill would choose the products' kernels itself, but does"
+        )
+        assert len(reasons("gemm=lt_tuned", f"compile_mode={mode}")) == 3
+        assert reasons("gemm.prefill=lt_tuned", f"compile_mode.vision={mode}") == []
     assert any("products are of bf16" in one for one in reasons("gemm=lt_tuned", "precision=fp32"))
     assert any("gemm=LtTuned multiplies bf16 weights" in one for one in reasons("gemm=lt_tuned", "precision=fp8"))
 

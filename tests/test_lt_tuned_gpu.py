@@ -47,7 +47,9 @@ def test_an_algorithm_of_another_shape_is_refused():
         cublaslt.Problem(768, 1152, 4304, True).product(cublaslt.Algorithm(66, 9999, 1, 0, 0, 1, 35, 0, 3))
 
 
-@pytest.mark.parametrize("stack", [["gemm=lt_tuned", "graphs=manual"], ["stack=12_tuned"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "stack", [["gemm=lt_tuned", "graphs=manual"], ["stack=12_tuned"], ["stack=library_tuned"]], ids=" ".join
+)
 @pytest.mark.parametrize("model", ["pi0", "pi05"])
 def test_a_policy_with_it(model: str, stack: list[str]):
     instance = built(f"model={model}", *stack)

@@ -18,6 +18,7 @@ VENDOR = {
     "10_persistent": "nvidia",
     "11_hopper": "nvidia",
     "12_tuned": "nvidia",
+    "library_tuned": "nvidia",
 }
 
 

@@ -68,7 +68,6 @@ class Compiled(CompileOption):
             raise ValueError(f"max_structures is {self.max_structures}; it must be 1 or more")
 
     def settings(self) -> dict[str, Any]:
-        """Inductor's settings that differ from its defaults."""
         settings: dict[str, Any] = dict(list_mode_options(self.mode))
         if self.captures:
             # What cannot be captured is an error; Inductor would run it without a graph.

@@ -1,7 +1,7 @@
 """What all compile modes are: an option of stages that does once what concerns the process and the whole call."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pi0exp.option import StagedOption
 from pi0exp.policy import Policy
@@ -14,6 +14,10 @@ class CompileOption(StagedOption):
     compiles: ClassVar[bool] = False
     captures: ClassVar[bool] = False
     """The mode makes CUDA graphs of its own."""
+
+    def settings(self) -> dict[str, Any]:
+        """Inductor's settings that differ from its defaults."""
+        return {}
 
     def apply(self, policy: Policy) -> None:
         super().apply(policy)

@@ -48,7 +48,6 @@ def patch_product(vision: Siglip, image: Tensor, weight_DK: Tensor) -> Tensor:
 
 def clashes(stack: "Stack") -> list[str]:
     """Why the epilogue, which is cuBLASLt's, cannot stand beside other options."""
-    from pi0exp.compile_mode.none import NoCompile
     from pi0exp.gemm.blas import Blas, Library
     from pi0exp.gemm.lt_tuned import LtTuned
     from pi0exp.precision.fp8 import Fp8
@@ -59,8 +58,6 @@ def clashes(stack: "Stack") -> list[str]:
     by_lt = isinstance(gemm, Blas) and gemm.library in (Library.auto, Library.cublaslt) and gemm.addmm_lt
     if not (by_lt or isinstance(gemm, LtTuned)):
         reasons.append(f"{EPILOGUE} is cuBLASLt's: gemm.vision must be blas or cublaslt, with addmm_lt, or lt_tuned")
-    if not isinstance(stack.compile_mode.at("vision"), NoCompile):
-        reasons.append(f"{EPILOGUE} would be taken apart by a compiler: compile_mode.vision must be none")
     if isinstance(stack.precision, Fp8) and "vision" in stack.precision.stages():
         reasons.append(f"{EPILOGUE} has no fp8: precision=fp8 must keep vision in bf16 (precision.keep=[vision])")
     if isinstance(stack.precision, Fp32):
@@ -75,6 +72,21 @@ def gelu_epilogue(policy: Policy) -> None:
 
 def hidden(mlp: VisionMlp, x_BPD: Tensor) -> Tensor:
     """[B, P, F]. cuBLASLt's GELU is the one by tanh, as SigLIP's."""
-    weight_FD, bias_F = mlp.fc1.weight, mlp.fc1.bias
-    made: Tensor = torch._addmm_activation(bias_F, x_BPD.flatten(0, 1), weight_FD.t(), use_gelu=True)
+    given = mlp.fc1.bias, x_BPD.flatten(0, 1), mlp.fc1.weight
+    made = product_with_gelu(*given) if torch.compiler.is_compiling() else _product_with_gelu(*given)
     return made.view(*x_BPD.shape[:2], -1)
+
+
+def _product_with_gelu(bias_F: Tensor, x_RD: Tensor, weight_FD: Tensor) -> Tensor:
+    """[R, F]."""
+    made: Tensor = torch._addmm_activation(bias_F, x_RD, weight_FD.t(), use_gelu=True)
+    return made
+
+
+# A compiler would take PyTorch's function apart, into a product and a GELU behind it.
+product_with_gelu = torch.library.custom_op("pi0exp::product_with_gelu", _product_with_gelu, mutates_args=())
+
+
+@product_with_gelu.register_fake
+def _(bias_F: Tensor, x_RD: Tensor, weight_FD: Tensor) -> Tensor:
+    return x_RD.new_empty((x_RD.shape[0], weight_FD.shape[0]))

@@ -27,7 +27,7 @@ CLUSTERS = range(2, 10)
 """CUBLASLT_CLUSTER_SHAPE_ of 1x1, 2x1, 4x1, 1x2, 2x2, 4x2, 1x4 and 2x4 blocks."""
 CUSTOM = range(8)
 """Forms of one tile, to cuBLASLt itself only known by number."""
-SPLITS = ((1, 0), (2, 2), (3, 2), (4, 2))
+SPLITS = ((1, 0), *((parts, 2) for parts in (2, 3, 4, 6, 8, 16)))
 """Parts of K, and how they are added: not at all, or in float32 (CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE)."""
 LAYERS_BYTES = 256 * 2**20
 """Of weights of one shape that are multiplied in turns: several times the L2 cache."""

@@ -7,6 +7,9 @@ faster (vision's second MLP product on an H100: 16.6 us instead of 23.9; `tables
 A table says what to take for a shape; what it lacks is tuned in the first call of the shape, outside of any capture,
 about half a second each, and kept as an artifact, `cublaslt.json`, which can be given as `table`.
 
+To a compiler a product is an op that it does not look into, so that `compile_mode` fuses what stands between products
+that are chosen here.
+
 Sizes: x [M, K], weight [N, K].
 """
 
@@ -15,12 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
 from pi0exp import cublaslt
-from pi0exp.compile_mode.none import NoCompile
+from pi0exp.compile_mode.option import CompileOption
 from pi0exp.cublaslt import ALIGNED, WORKSPACE, Problem, Product
 from pi0exp.errors import UnsupportedError, UserError
 from pi0exp.gemm.blas import PRODUCTS
@@ -72,10 +76,11 @@ class LtTuned(StagedOption):
         return [] if self.table is None else [self.table]
 
     def clashes(self, stack: "Stack") -> list[str]:
+        modes = {stage: stack.compile_mode.at(stage) for stage in STAGES if stack.gemm.at(stage) is self}
         reasons = [
-            f"a compiler would take its calls for none of its own: compile_mode.{stage} must be none"
-            for stage in STAGES
-            if stack.gemm.at(stage) is self and not isinstance(stack.compile_mode.at(stage), NoCompile)
+            f"compile_mode.{stage} would choose the products' kernels itself, but does not see these: no max_autotune"
+            for stage, mode in modes.items()
+            if isinstance(mode, CompileOption) and mode.settings().get("max_autotune")
         ]
         if isinstance(stack.precision, PrecisionOption) and stack.precision.model.activations != torch.bfloat16:
             reasons.append("its products are of bf16; this precision has none")
@@ -122,6 +127,7 @@ class Known:
 
     def __init__(self, option: LtTuned, used: Used, note: Callable[[str], None]):
         self.used, self.strict = used, option.strict
+        self.source = f"{option.table or 'shipped'}{' alone' * option.strict}"
         path = shipped(used.machine.arch) if option.table is None else Path(option.table)
         self.rows: dict[Shape, Found] = {}
         self.name = path.name
@@ -151,15 +157,25 @@ class Known:
 
 
 class Products:
-    """The slot `matmul` of a stage, with what it has for each shape."""
+    """The slot `matmul` of a stage, with what it has for each shape.
+
+    name: by which compiled code finds it. It is the same for policies that take the same algorithms, so that the code
+    of one serves the other; the last of them that lives counts the products.
+    """
 
     def __init__(self, stage: str, known: Known, linears: Sequence[Linear], note: Callable[[str], None]):
         self.stage, self.known, self.linears, self.note = stage, known, linears, note
         self.made: dict[Shape, Product] = {}
         self.tuned = self.not_first = 0
+        self.name = f"{stage}, {known.source} on {known.used.device}"
+        _living[self.name] = self
 
     def matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[..., N] of x [..., K], as `torch.nn.functional.linear`. Raises RuntimeError where they do not fit."""
+        return lt_product(x, weight, bias, self.name) if torch.compiler.is_compiling() else self.launch(x, weight, bias)
+
+    def launch(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """As `matmul`."""
         N, K = weight.shape
         if x.shape[-1] != K or x.dtype != weight.dtype or (bias is not None and bias.dtype != weight.dtype):
             raise RuntimeError(f"gemm=lt_tuned: x {list(x.shape)} of {x.dtype}, weight [{N}, {K}] of {weight.dtype}")
@@ -198,3 +214,17 @@ class Products:
             f"cublaslt/tuned_here_{self.stage}": float(self.tuned),
             "cublaslt/tune_s": seconds["tuning"],
         }
+
+
+_living: "WeakValueDictionary[str, Products]" = WeakValueDictionary()
+
+
+@torch.library.custom_op("pi0exp::lt_product", mutates_args=())
+def lt_product(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    """`Products.matmul` of that name, for compiled code. Raises KeyError where the policy is gone."""
+    return _living[name].launch(x, weight, bias)
+
+
+@lt_product.register_fake
+def _(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
