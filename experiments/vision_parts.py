@@ -1,4 +1,4 @@
-"""Other ways to compute two parts of the vision tower, timed and held against float64 before an option is made of them.
+"""Other ways to compute the vision tower and two of its parts: their times and errors, before an option is made of them.
 
 python experiments/vision_parts.py OUT.json
 
@@ -7,6 +7,9 @@ python experiments/vision_parts.py OUT.json
     patches  three pictures of bytes to patches: scaled, then cuDNN's convolution in float32; as a product in float32;
              as a product in bf16 with the weight as the sum of three bf16 matrices, in which a byte, being exact, makes
              every product exact
+    tower    the whole tower of stack=12_tuned over three pictures, all layers: together; one behind the other; a
+             stream each; two together beside the third. Small kernels leave multiprocessors to those of other streams.
+             The error is the distance from `together`. Without a GPU of the tiny model, on no streams
 
 Each way is a CUDA graph, rounds take turns. Milliseconds, relative L2 error. Without a GPU only the errors are told, of
 the ways that a CPU has.
@@ -26,15 +29,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pi0exp import compose
 from pi0exp.graphs.capture import Graph
 from pi0exp.machine import this_machine
 from pi0exp.measure import fingerprint
 from pi0exp.model.observation import scaled
+from pi0exp.policy_subject import PolicySubject
 from pi0exp.timing import device_sample_ms
 from pi0exp.whole import write_whole
 
 LAYERS, ROWS, WIDTH, HIDDEN, ROUNDS = 27, 768, 1152, 4304, 25
 SIZE, PATCH = 224, 14
+TOWER = ["stack=12_tuned", "model.paligemma.depth=2", "model.expert.depth=2", "model.vocab_size=4096"]
+"""Its table has the products of one, two and three pictures, none in parts of K: streams may share the workspace."""
 Ways = dict[str, Callable[[], Tensor]]
 
 
@@ -92,6 +99,39 @@ def patch_ways(device: torch.device) -> tuple[Ways, Tensor]:
     return {"convolution": convolution, "product": product, "three bf16": three}, truth
 
 
+def tower_ways(device: torch.device) -> tuple[Ways, Tensor]:
+    """Tokens of three pictures, [3, P, D]."""
+    words = TOWER if device.type == "cuda" else ["model=tiny"]
+    policy = PolicySubject.from_plain(compose.from_words(words)).policy(device)
+    vision, size = policy.model.vision, policy.model.config.vision.image_size
+    pictures = torch.randint(0, 256, (3, size, size, 3), dtype=torch.uint8, device=device)
+
+    def together() -> Tensor:
+        return vision(pictures)
+
+    def behind() -> Tensor:
+        return torch.cat([vision(pictures[i : i + 1]) for i in range(3)])
+
+    def beside(*sizes: int) -> Tensor:
+        """Parts of so many pictures, each on a stream of its own, the first on the current one."""
+        current, parts = torch.cuda.current_stream(), pictures.split(sizes)
+        for stream in streams[1 : len(parts)]:
+            stream.wait_stream(current)
+        made = []
+        for stream, part in zip((current, *streams[1:]), parts, strict=False):
+            with torch.cuda.stream(stream):
+                made.append(vision(part))
+        for stream in streams[1 : len(parts)]:
+            current.wait_stream(stream)
+        return torch.cat(made)
+
+    ways: Ways = {"together": together, "behind": behind}
+    if device.type == "cuda":
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        ways |= {"stream each": lambda: beside(1, 1, 1), "two and one": lambda: beside(2, 1)}
+    return ways, together().double()
+
+
 def replay_of(way: Callable[[], Tensor]) -> Callable[[int], None]:
     """A call of the way as a graph."""
     graph = Graph(way, 2, lambda line: None)
@@ -114,6 +154,9 @@ def measured(ways: Ways, truth: Tensor, device: torch.device) -> dict[str, dict[
     return found
 
 
+PARTS = {"hidden": hidden_ways, "patches": patch_ways, "tower": tower_ways}
+
+
 def main(arguments: list[str] | None = None) -> int:
     usage, _, more = str(__doc__).partition("\n\n")
     parser = argparse.ArgumentParser(description=usage, epilog=more, formatter_class=argparse.RawTextHelpFormatter)
@@ -124,7 +167,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     found: dict[str, object] = {"command": sys.argv, "fingerprint": fingerprint(this_machine())}
     with torch.inference_mode():
-        for part, (ways, truth) in {"hidden": hidden_ways(device), "patches": patch_ways(device)}.items():
+        for part, made_of in PARTS.items():
+            ways, truth = made_of(device)
             found[part] = made = measured(ways, truth, device)
             for name, one in made.items():
                 time = f"{one['ms']:.4f} ms" if "ms" in one else "not timed without a GPU"

@@ -21,7 +21,10 @@ def test_every_way_is_close_to_the_truth(tmp_path: Path):
     assert set(found["patches"]) == {"convolution", "product", "three bf16"}
     assert all(way["rel_l2"] < 1e-6 for way in found["patches"].values())  # float32, whatever the products are of
     assert ("ms" in found["patches"]["product"]) == torch.cuda.is_available()
-    assert len(done.stdout.splitlines()) == len(found["hidden"]) + 3
+    assert found["tower"]["together"]["rel_l2"] == 0
+    assert found["tower"]["behind"]["rel_l2"] < 1e-2  # bf16, products of other sizes
+    assert len(found["tower"]) == (4 if torch.cuda.is_available() else 2)
+    assert len(done.stdout.splitlines()) == sum(len(found[part]) for part in ("hidden", "patches", "tower"))
 
 
 def test_it_wants_a_file():
