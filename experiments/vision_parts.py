@@ -1,4 +1,4 @@
-"""Other ways to compute the vision tower and two of its parts: their times and errors, before an option is made of them.
+"""Other ways to compute the vision tower and two of its parts, timed, before an option is made of them.
 
 python experiments/vision_parts.py OUT.json
 
