@@ -274,6 +274,9 @@ def test_what_it_does_not_go_with():
         )
         assert len(reasons("gemm=lt_tuned", f"compile_mode={mode}")) == 3
         assert reasons("gemm.prefill=lt_tuned", f"compile_mode.vision={mode}") == []
+    assert reasons("gemm.vision=lt_tuned", "compile_mode=reduce_overhead") == [
+        "gemm.vision: compile_mode.vision captures from the first call on, in which products are tuned"
+    ]
     assert any("products are of bf16" in one for one in reasons("gemm=lt_tuned", "precision=fp32"))
     assert any("gemm=LtTuned multiplies bf16 weights" in one for one in reasons("gemm=lt_tuned", "precision=fp8"))
 

@@ -76,12 +76,19 @@ class LtTuned(StagedOption):
         return [] if self.table is None else [self.table]
 
     def clashes(self, stack: "Stack") -> list[str]:
-        modes = {stage: stack.compile_mode.at(stage) for stage in STAGES if stack.gemm.at(stage) is self}
-        reasons = [
-            f"compile_mode.{stage} would choose the products' kernels itself, but does not see these: no max_autotune"
-            for stage, mode in modes.items()
-            if isinstance(mode, CompileOption) and mode.settings().get("max_autotune")
-        ]
+        reasons = []
+        for stage in STAGES:
+            mode = stack.compile_mode.at(stage)
+            if stack.gemm.at(stage) is not self or not isinstance(mode, CompileOption):
+                continue
+            if mode.settings().get("max_autotune"):
+                reasons.append(
+                    f"compile_mode.{stage} would choose the products' kernels itself, but does not see these:"
+                    " no max_autotune"
+                )
+            elif mode.captures:
+                # Its first calls have memory of their own, in which the graphs that time algorithms have no place.
+                reasons.append(f"compile_mode.{stage} captures from the first call on, in which products are tuned")
         if isinstance(stack.precision, PrecisionOption) and stack.precision.model.activations != torch.bfloat16:
             reasons.append("its products are of bf16; this precision has none")
         return reasons
