@@ -1,6 +1,7 @@
 """`gemm=lt_tuned` without a GPU: which algorithm a product gets, tables, what it excludes; cuBLASLt pretended."""
 
 import dataclasses
+import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -227,6 +228,8 @@ def test_compiled_code_does_not_take_another_policys_table(fake: Pretended, tmp_
     fake.made.clear()
     third = compiled_with(LtTuned(), Region.block)
     assert torch.equal(acted(third), actions)
+    del third
+    gc.collect()
     assert torch.equal(acted(first), actions)
     assert {algorithm.custom for _, algorithm in fake.made} == {3}
 

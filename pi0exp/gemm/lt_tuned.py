@@ -16,6 +16,7 @@ Sizes: x [M, K], weight [N, K].
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -167,7 +168,7 @@ class Products:
     """The slot `matmul` of a stage, with what it has for each shape.
 
     name: by which compiled code finds it. It is the same for policies that take the same algorithms, so that the code
-    of one serves the other; the last of them that lives counts the products.
+    of one serves the other; the youngest of them counts the products.
     """
 
     def __init__(self, stage: str, known: Known, linears: Sequence[Linear], note: Callable[[str], None]):
@@ -175,7 +176,7 @@ class Products:
         self.made: dict[Shape, Product] = {}
         self.tuned = self.not_first = 0
         self.name = f"{stage}, {known.source} on {known.used.device}"
-        _living[self.name] = self
+        _living[next(_number)] = self
 
     def matmul(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """[..., N] of x [..., K], as `torch.nn.functional.linear`. Raises RuntimeError where they do not fit."""
@@ -223,13 +224,15 @@ class Products:
         }
 
 
-_living: "WeakValueDictionary[str, Products]" = WeakValueDictionary()
+_living: "WeakValueDictionary[int, Products]" = WeakValueDictionary()
+_number = count()
 
 
 @torch.library.custom_op("pi0exp::lt_product", mutates_args=())
 def lt_product(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
-    """`Products.matmul` of that name, for compiled code. Raises KeyError where the policy is gone."""
-    return _living[name].launch(x, weight, bias)
+    """`Products.matmul` of that name, for compiled code: of the youngest that lives."""
+    number = max(number for number, products in _living.items() if products.name == name)
+    return _living[number].launch(x, weight, bias)
 
 
 @lt_product.register_fake
