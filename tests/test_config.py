@@ -36,7 +36,7 @@ EXPECTED = {
     "ladder": 32,
     "ladder_layers": 5,
     "masking": 9,
-    "perf_per_watt": 4,
+    "perf_per_watt": 6,
     "prompt_and_horizon": 10,
     "search": 1,  # of a sweep; it chooses its points while it runs
 }
