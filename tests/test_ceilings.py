@@ -1,6 +1,7 @@
 """What a GPU reaches is measured once, kept by machine, and measured again where it is old or asked for."""
 
 import json
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,8 +23,17 @@ H200 = Machine("NVIDIA H200", "nvidia", "sm_90", 143771, "580.1", versions={"tor
 OWNER = {"gpu": "NVIDIA H200", "uuid": "1", "power_limit_w": 700.0}
 
 
+@pytest.fixture(autouse=True)
+def _one_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates of one test are equal where nothing but the second differs in which they were made."""
+    monkeypatch.setattr(sys.modules[__name__], "NOW", datetime.now(UTC))
+
+
+NOW = datetime.now(UTC)
+
+
 def rate(burst: float = 4e12, age: timedelta = timedelta(0)) -> Rate:
-    return Rate(burst, 0.8 * burst, (datetime.now(UTC) - age).isoformat(timespec="seconds"))
+    return Rate(burst, 0.8 * burst, (NOW - age).isoformat(timespec="seconds"))
 
 
 @pytest.fixture
