@@ -115,19 +115,20 @@ def tower_ways(device: torch.device) -> tuple[Ways, Tensor]:
     def beside(*sizes: int) -> Tensor:
         """Parts of so many pictures, each on a stream of its own, the first on the current one."""
         current, parts = torch.cuda.current_stream(), pictures.split(sizes)
-        for stream in streams[1 : len(parts)]:
+        others = streams[: len(parts) - 1]
+        for stream in others:
             stream.wait_stream(current)
         made = []
-        for stream, part in zip((current, *streams[1:]), parts, strict=False):
+        for stream, part in zip((current, *others), parts, strict=True):
             with torch.cuda.stream(stream):
                 made.append(vision(part))
-        for stream in streams[1 : len(parts)]:
+        for stream in others:
             current.wait_stream(stream)
         return torch.cat(made)
 
     ways: Ways = {"together": together, "behind": behind}
     if device.type == "cuda":
-        streams = [torch.cuda.Stream() for _ in range(3)]
+        streams = [torch.cuda.Stream() for _ in range(2)]
         ways |= {"stream each": lambda: beside(1, 1, 1), "two and one": lambda: beside(2, 1)}
     return ways, together().double()
 

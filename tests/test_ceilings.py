@@ -1,7 +1,6 @@
 """What a GPU reaches is measured once, kept by machine, and measured again where it is old or asked for."""
 
 import json
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,17 +22,8 @@ H200 = Machine("NVIDIA H200", "nvidia", "sm_90", 143771, "580.1", versions={"tor
 OWNER = {"gpu": "NVIDIA H200", "uuid": "1", "power_limit_w": 700.0}
 
 
-@pytest.fixture(autouse=True)
-def _one_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates of one test are equal where nothing but the second differs in which they were made."""
-    monkeypatch.setattr(sys.modules[__name__], "NOW", datetime.now(UTC))
-
-
-NOW = datetime.now(UTC)
-
-
 def rate(burst: float = 4e12, age: timedelta = timedelta(0)) -> Rate:
-    return Rate(burst, 0.8 * burst, (NOW - age).isoformat(timespec="seconds"))
+    return Rate(burst, 0.8 * burst, (datetime.now(UTC) - age).isoformat(timespec="seconds"))
 
 
 @pytest.fixture
@@ -60,9 +50,10 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_rates_come_back_as_they_were_kept(file: CeilingsFile):
     assert file.rates(OWNER) == {}
-    file.keep(OWNER, {"copy": rate(4e12), "bf16": rate(8e14)})
-    file.keep(OWNER, {"bf16": rate(9e14)})
-    assert file.rates(OWNER) == {"copy": rate(4e12), "bf16": rate(9e14)}
+    copy, bf16 = rate(4e12), rate(9e14)
+    file.keep(OWNER, {"copy": copy, "bf16": rate(8e14)})
+    file.keep(OWNER, {"bf16": bf16})
+    assert file.rates(OWNER) == {"copy": copy, "bf16": bf16}
     content = json.loads(file.path.read_text())
     assert content["format"] == 1
     [machine] = content["machines"].values()
@@ -71,10 +62,11 @@ def test_rates_come_back_as_they_were_kept(file: CeilingsFile):
 
 @pytest.mark.parametrize("change", [{"uuid": "2"}, {"power_limit_w": 500.0}, {"gpu": "NVIDIA H100"}])
 def test_rates_belong_to_one_machine(file: CeilingsFile, change: dict[str, Any]):
-    file.keep(OWNER, {"copy": rate()})
+    own = {"copy": rate()}
+    file.keep(OWNER, own)
     assert file.rates(OWNER | change) == {}
     file.keep(OWNER | change, {"copy": rate(1e12)})
-    assert file.rates(OWNER) == {"copy": rate()}
+    assert file.rates(OWNER) == own
 
 
 def test_many_may_write_at_once(file: CeilingsFile):

@@ -1,8 +1,6 @@
-"""`gemm=lt_tuned` without a GPU: which algorithm a product gets, tables, what it excludes; cuBLASLt pretended."""
+"""`gemm=lt_tuned` without a GPU: which algorithm a product gets, and what it excludes; cuBLASLt pretended."""
 
-import dataclasses
 import gc
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import lacking, noise_for, plain_config, tiny_observation, tiny_policy
+from helpers import lacking, noise_for, plain_config, tiny_observation, tiny_policy, traced
 from torch import Tensor
 
 from pi0exp import build, config, cublaslt
@@ -18,13 +16,12 @@ from pi0exp.compile_mode.default import Default
 from pi0exp.compile_mode.inductor import Region
 from pi0exp.cublaslt import Algorithm
 from pi0exp.errors import UnsupportedError, UserError
-from pi0exp.gemm import lt_tune, lt_tuned
+from pi0exp.gemm import lt_tuned
 from pi0exp.gemm.blas import Blas
-from pi0exp.gemm.lt_search import Found, Shape, neighbours
-from pi0exp.gemm.lt_table import LtTable, read_table, shipped
+from pi0exp.gemm.lt_search import Found, Shape
+from pi0exp.gemm.lt_table import LtTable, read_table
 from pi0exp.gemm.lt_tuned import ARTIFACT, LtTuned
 from pi0exp.machine import Machine
-from pi0exp.model.config import ModelConfig
 from pi0exp.model.precision import BF16
 from pi0exp.policy import Policy
 
@@ -93,9 +90,6 @@ def kept(policy: Policy, folder: Path) -> Path:
     path = folder / ARTIFACT
     path.write_text(policy.attachments()[ARTIFACT])
     return path
-
-
-# ---- the option
 
 
 def test_same_actions_each_shape_tuned_once(fake: Pretended):
@@ -181,12 +175,9 @@ def test_a_table_of_another_machine(fake: Pretended, tmp_path: Path, monkeypatch
 
 
 @pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torch.compile without code generation."""
-    compile_ = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda function, *, options, **rest: compile_(function, backend="eager", **rest)
-    )
+def no_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile traces, in a Dynamo of this test's own."""
+    monkeypatch.setattr(torch, "compile", traced)
     with torch._dynamo.config.patch():
         yield
         torch._dynamo.reset()
@@ -199,7 +190,7 @@ def compiled_with(option: LtTuned, region: Region) -> Policy:
     return policy
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("no_code")
 @pytest.mark.parametrize("region", list(Region))
 def test_compiled_code_multiplies_with_it(fake: Pretended, region: Region):
     """The same actions, and the same products as without a compiler; counted in the policy that is called."""
@@ -214,7 +205,7 @@ def test_compiled_code_multiplies_with_it(fake: Pretended, region: Region):
     assert [compiled.counters()[name] for name in names] == [plain.counters()[name] for name in names]
 
 
-@pytest.mark.usefixtures("traced")
+@pytest.mark.usefixtures("no_code")
 def test_compiled_code_does_not_take_another_policys_table(fake: Pretended, tmp_path: Path):
     """Each keeps its algorithms while both live; what was compiled for one that is gone serves its twin."""
     first = compiled_with(LtTuned(), Region.block)
@@ -293,92 +284,3 @@ def test_without_cublaslt_the_reason_is_told():
     cublaslt.library.cache_clear()
     with pytest.raises(UserError, match=r"cuBLASLt comes with torch for CUDA; torch .* is none"):
         cublaslt.version()
-
-
-# ---- tables
-
-
-GOOD: dict[str, Any] = json.loads(LtTable("sm_90", 130100, {"gpu": "X"}, {Shape(1, 2, 3, True): FASTER}).text())
-
-
-def test_a_table_is_read_as_it_was_written(tmp_path: Path):
-    table = LtTable("sm_90", 130100, {"gpu": "X"}, {Shape(9, 2, 3, False): SAME, Shape(1, 2, 3, True): FASTER})
-    path = tmp_path / "t.json"
-    path.write_text(table.text())
-    assert read_table(path) == table
-    assert [row["M"] for row in json.loads(table.text())["rows"]] == [1, 9]
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("", "is no table of cuBLASLt's algorithms: Expecting value"),
-        ("[]", "is no table of cuBLASLt's algorithms: list indices"),
-        (json.dumps(GOOD | {"rows": [{"M": 1}]}), "is no table of cuBLASLt's algorithms: lacks 'N'"),
-        (json.dumps({"rows": []}), "is no table of cuBLASLt's algorithms: lacks 'arch'"),
-        (json.dumps(GOOD | {"rows": GOOD["rows"] * 2}), "has two rows for one shape"),
-        (None, "cannot be read: .*No such file"),
-    ],
-)
-def test_what_is_no_table_is_told_in_one_line(tmp_path: Path, text: str | None, reason: str):
-    path = tmp_path / "t.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(UserError, match=rf"gemm\.table .*t\.json {reason}") as caught:
-        read_table(path)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"gemm\.table .*t\.json"):
-        config.stack(plain_config("gemm=lt_tuned", f"gemm.table={path}"))
-
-
-def test_the_shipped_table_has_every_shape_of_the_tuner():
-    table = read_table(shipped("sm_90"))
-    assert set(table.rows) == set(lt_tune.shapes(lt_tune.PROMPTS, ModelConfig()))
-    assert all(0 < found.us <= found.first_us for found in table.rows.values())
-    assert {"gpu", "driver", "torch", "date", "command"} <= set(table.about)
-
-
-# ---- the search and the command
-
-
-def test_neighbours_differ_in_one_choice():
-    found = set(neighbours(ALGORITHM)) - {ALGORITHM}
-    own = dataclasses.asdict(ALGORITHM)
-    changed = [{name for name, value in dataclasses.asdict(one).items() if value != own[name]} for one in found]
-    assert {frozenset(one) for one in changed} == {
-        frozenset({"cluster"}), frozenset({"custom"}), frozenset({"split_k", "reduction"})
-    }  # fmt: skip
-    assert all((one.split_k > 1) == (one.reduction > 0) for one in found)
-
-
-def test_shapes_are_those_of_the_policy():
-    found = lt_tune.shapes([20], ModelConfig())
-    assert Shape(768, 1152, 4304, True) in found
-    assert {shape for shape in found if shape.M == 788} == {
-        Shape(788, 2560, 2048, False), Shape(788, 512, 2048, False), Shape(788, 2048, 2048, False),
-        Shape(788, 32768, 2048, False), Shape(788, 2048, 16384, False),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "told"),
-    [
-        (["--prompts", "-1"], 2, "a length is 0 or more"),
-        (["--prompts", "many"], 2, "invalid int value"),
-        ([], 3, "needs a GPU of NVIDIA's; this machine has CPU"),
-    ],
-)
-def test_the_command_says_what_is_wrong(words: list[str], code: int, told: str, capsys, monkeypatch):
-    monkeypatch.setattr(lt_tune, "this_machine", Machine)
-    try:
-        found = lt_tune.main(words)
-    except SystemExit as error:
-        found = int(str(error.code))
-    assert found == code
-    assert told in capsys.readouterr().err
-
-
-def test_the_command_refuses_a_folder_that_is_not_there(capsys, monkeypatch, tmp_path: Path):
-    monkeypatch.setattr(lt_tune, "this_machine", lambda: GPU)
-    assert lt_tune.main(["--out", str(tmp_path / "none" / "t.json")]) == 2
-    assert "its folder does not exist" in capsys.readouterr().err
