@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pi0exp.kernels.dependent import also_dependent, dependent, launch_behind, wait_for_front
 from pi0exp.kernels.kernel import AheadOfTime, Case, Kernel, as_rows, launchable, random, require, wide
 
 LAUNCH: dict[str, dict[str, int]] = {
@@ -66,8 +67,10 @@ def adarms_norm_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (T / ROWS, B). Pointers of branch and sum are None where there is no branch; the gate's where it is one."""
+    wait_for_front(PDL)
     b = tl.program_id(1).to(tl.int64)
     t_R1 = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     d_1D = tl.arange(0, BLOCK)[None, :]
@@ -124,6 +127,7 @@ def _launch(
         D=D,
         BLOCK=triton.next_power_of_2(D),
         **shape,
+        **launch_behind(dependent(x_BTD)),
     )
 
 
@@ -228,12 +232,18 @@ def _ahead(name: str, add: bool, launch: str) -> AheadOfTime:
 
 
 KERNELS = (
-    Kernel("adarms_norm", adarms_norm, adarms_norm_reference, _cases(add=False), (_ahead("denoise", False, "narrow"),)),
+    Kernel(
+        "adarms_norm",
+        adarms_norm,
+        adarms_norm_reference,
+        _cases(add=False),
+        also_dependent(_ahead("denoise", False, "narrow")),
+    ),
     Kernel(
         "add_adarms_norm",
         add_adarms_norm,
         add_adarms_norm_reference,
         _cases(add=True),
-        (_ahead("denoise", True, "narrow"), _ahead("above L2", True, "many")),
+        also_dependent(_ahead("denoise", True, "narrow"), _ahead("above L2", True, "many")),
     ),
 )

@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pi0exp.kernels.gemm_epilogue import arch_of
-
 FEW_ROWS = 16
 """Rows up to which a launch asks."""
 PIECE = tl.constexpr(1024)
@@ -39,11 +37,6 @@ def ask(ahead_ptr, pieces):
             "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], 1024; mov.u32 $0, 0; }",
             "=r,l,r", [address, (piece < end).to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
-
-
-def dependent(x: Tensor, pdl: bool) -> bool:
-    """Whether a launch for x is a dependent one. Tracers know no such launch; a traced kernel has an ordinary one."""
-    return pdl and type(x) is Tensor and arch_of(x.device) == "sm_90"
 
 
 def asked(ahead: Tensor | None, pdl: bool, rows: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pi0exp.kernels.dependent import wait_for_front
 from pi0exp.kernels.kernel import wide
 
 HIDDEN = -1.0e38
@@ -78,6 +79,7 @@ def attend_kernel(
     MASKED: tl.constexpr,
     BLIND: tl.constexpr,
     HIDDEN: tl.constexpr,
+    PDL: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """One program: BLOCK_M rows of one key/value head against `part_keys` keys.
@@ -89,6 +91,7 @@ def attend_kernel(
     Strides of tokens and heads are constants, for the compiler to see how far addresses are aligned: it asks of
     arguments only whether 16 divides them, which is not so for heads of 72, and would load value by value.
     """
+    wait_for_front(PDL)
     batch = (tl.program_id(2) // heads_kv).to(tl.int64)
     head_kv = tl.program_id(2) % heads_kv
     part = tl.program_id(1)

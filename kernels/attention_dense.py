@@ -12,6 +12,7 @@ from torch.library import triton_op
 from pi0exp.kernels.attention import attend_kernel, attend_reference
 from pi0exp.kernels.attention_cases import GEMMA, LIBRARIES, VISION, Heads, ahead_of_time, attention_case
 from pi0exp.kernels.attention_launch import LAUNCHES, attend_arguments, check_arguments, launch_for
+from pi0exp.kernels.dependent import also_dependent
 from pi0exp.kernels.kernel import Kernel, launchable
 
 
@@ -61,7 +62,7 @@ KERNELS = (
             attention_case("small, blind", Heads(8, 1, 16), T=5, S=37, room=40, blind=True, small=True),
             attention_case("small, a row without keys", Heads(1, 1, 16), B=2, T=4, S=33, hidden=(0, 33), small=True),
         ),
-        ahead_of_time=(
+        ahead_of_time=also_dependent(
             ahead_of_time("attend, vision", AMD["vision"], VISION),
             ahead_of_time("attend, vision in two tiles", replace(AMD["vision"], tail=True), VISION),
             ahead_of_time("attend, prefill", AMD["prefill"], GEMMA),

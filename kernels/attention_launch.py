@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from pi0exp.kernels.attention import HIDDEN
+from pi0exp.kernels.dependent import dependent, launch_behind
 from pi0exp.kernels.kernel import FLOATS, INTERPRETED, require
 
 
@@ -151,6 +152,7 @@ def attend_arguments(
         "UPCAST": INTERPRETED,
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
+        **launch_behind(dependent(q_BTNH)),
     }
     return (triton.cdiv(T * G, launch.block_m), parts, B * K), arguments
 

@@ -16,6 +16,7 @@ from torch.library import triton_op
 from pi0exp.kernels.attention import attend_kernel, attend_reference
 from pi0exp.kernels.attention_cases import GEMMA, LIBRARIES, Heads, ahead_of_time, attention_case
 from pi0exp.kernels.attention_launch import LAUNCHES, Launch, attend_arguments, check_arguments, launch_for, split_keys
+from pi0exp.kernels.dependent import also_dependent, dependent, launch_behind, wait_for_front
 from pi0exp.kernels.kernel import AheadOfTime, Kernel, launchable
 
 
@@ -30,11 +31,13 @@ def attend_combine_kernel(
     PADDED_PARTS: tl.constexpr,
     HEAD: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: ROWS rows of `out` [B, T, N, H] from acc [B, T, N, PARTS, H] and stats [B, T, N, PARTS, 2].
 
     Programs that reach beyond the last row do that one again.
     """
+    wait_for_front(PDL)
     row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), rows - 1).to(tl.int64)
     part = tl.arange(0, PADDED_PARTS)
     h = tl.arange(0, HEAD)
@@ -66,6 +69,7 @@ def combine_arguments(
         "HEAD": triton.next_power_of_2(H),
         "ROWS": launch.combine_rows,
         "num_warps": 4,
+        **launch_behind(dependent(acc_BTNPH)),
     }
     return (triton.cdiv(rows, launch.combine_rows), 1, 1), arguments
 
@@ -123,7 +127,7 @@ KERNELS = (
             attention_case("small, one part", Heads(8, 1, 16), T=6, S=16, small=True),
             attention_case("small, a row without keys", Heads(1, 1, 16), B=2, T=1, S=33, hidden=(0, 33), small=True),
         ),
-        ahead_of_time=(
+        ahead_of_time=also_dependent(
             ahead_of_time("attend, denoise", LAUNCHES["gfx"]["denoise"], GEMMA, parts=13),
             AheadOfTime(
                 "attend, combine 13 parts",

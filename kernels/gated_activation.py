@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pi0exp.kernels.dependent import also_dependent, dependent, launch_behind, wait_for_front
 from pi0exp.kernels.kernel import AheadOfTime, Case, Kernel, as_rows, launchable, random, require, wide
 
 LAUNCH: dict[str, dict[str, int]] = {
@@ -48,8 +49,10 @@ def gated_activation_kernel(
     F: tl.constexpr,
     SILU: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (T * F / BLOCK, B), the programs of a row side by side."""
+    wait_for_front(PDL)
     chunks: tl.constexpr = (F + BLOCK - 1) // BLOCK
     b, t = tl.program_id(1).to(tl.int64), (tl.program_id(0) // chunks).to(tl.int64)
     f_C = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
@@ -85,6 +88,7 @@ def gated_activation(gate: Tensor, up: Tensor, kind: str) -> Tensor:
         F=width,
         SILU=kind == "silu",
         **shape,
+        **launch_behind(dependent(gate_BTF)),
     )
     return out
 
@@ -159,7 +163,7 @@ KERNELS = (
             _case("301 x 4099 silu", 301, 4099, kind="silu"),
             _case("2 x 700 x 4304 float32", 2, 700, 4304, dtype=torch.float32, fused=False),
         ),
-        (
+        also_dependent(
             _ahead("denoise", 4096, "gelu_tanh", "few"),
             _ahead("prefill", 16384, "gelu_tanh", "many"),
             _ahead("silu", 4096, "silu", "few"),

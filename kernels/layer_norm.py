@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pi0exp.kernels.dependent import also_dependent, dependent, launch_behind, wait_for_front
 from pi0exp.kernels.kernel import AheadOfTime, Case, Kernel, as_rows, launchable, random, require, wide
 
 LAUNCH: dict[str, dict[str, int]] = {
@@ -59,8 +60,10 @@ def layer_norm_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (T / ROWS, B). The pointers of branch and sum are None where there is no branch."""
+    wait_for_front(PDL)
     b = tl.program_id(1).to(tl.int64)
     t_R1 = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     d_1D = tl.arange(0, BLOCK)[None, :]
@@ -106,6 +109,7 @@ def _launch(
         D=D,
         BLOCK=triton.next_power_of_2(D),
         **shape,
+        **launch_behind(dependent(x_BTD)),
     )
 
 
@@ -193,7 +197,7 @@ KERNELS = (
         layer_norm,
         layer_norm_reference,
         _cases(add=False),
-        (_ahead("vision", False, "few"),),
+        also_dependent(_ahead("vision", False, "few")),
         libraries={"aten": _aten},
     ),
     Kernel(
@@ -201,6 +205,6 @@ KERNELS = (
         add_layer_norm,
         add_layer_norm_reference,
         _cases(add=True),
-        (_ahead("vision", True, "few"), _ahead("above L2", True, "many")),
+        also_dependent(_ahead("vision", True, "few"), _ahead("above L2", True, "many")),
     ),
 )

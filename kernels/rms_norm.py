@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pi0exp.kernels.dependent import also_dependent, dependent, launch_behind, wait_for_front
 from pi0exp.kernels.kernel import AheadOfTime, Case, Kernel, as_rows, launchable, random, require, wide
 
 LAUNCH: dict[str, dict[str, int]] = {
@@ -56,8 +57,10 @@ def rms_norm_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (T / ROWS, B). The pointers of branch and sum are None where there is no branch."""
+    wait_for_front(PDL)
     b = tl.program_id(1).to(tl.int64)
     t_R1 = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     d_1D = tl.arange(0, BLOCK)[None, :]
@@ -96,6 +99,7 @@ def _launch(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float, x_sum:
         D=D,
         BLOCK=triton.next_power_of_2(D),
         **shape,
+        **launch_behind(dependent(x_BTD)),
     )
 
 
@@ -174,12 +178,18 @@ def _ahead(name: str, add: bool, D: int, launch: str) -> AheadOfTime:
 
 
 KERNELS = (
-    Kernel("rms_norm", rms_norm, rms_norm_reference, _cases(add=False), (_ahead("prefill", False, 2048, "wide"),)),
+    Kernel(
+        "rms_norm",
+        rms_norm,
+        rms_norm_reference,
+        _cases(add=False),
+        also_dependent(_ahead("prefill", False, 2048, "wide")),
+    ),
     Kernel(
         "add_rms_norm",
         add_rms_norm,
         add_rms_norm_reference,
         _cases(add=True),
-        (_ahead("denoise", True, 1024, "narrow"), _ahead("above L2", True, 2048, "many")),
+        also_dependent(_ahead("denoise", True, 1024, "narrow"), _ahead("above L2", True, 2048, "many")),
     ),
 )

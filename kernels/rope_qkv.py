@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pi0exp.kernels.dependent import also_dependent, dependent, launch_behind, wait_for_front
 from pi0exp.kernels.kernel import FLOATS, AheadOfTime, Case, Kernel, launchable, random, require, wide
 
 LAUNCH: dict[str, dict[str, int]] = {
@@ -85,8 +86,10 @@ def rope_qkv_kernel(
     q_B, q_T, q_N, k_B, k_T, k_K, v_B, v_T, v_K, cos_B, cos_T, sin_B, sin_T,
     k_out_B, k_out_T, k_out_K, v_out_B, v_out_T, v_out_K,
     N: tl.constexpr, K: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (T N / ROWS for the queries, then T K / ROWS for keys and values, B)."""
+    wait_for_front(PDL)
     b, program = tl.program_id(1).to(tl.int64), tl.program_id(0)
     of_queries = tl.cdiv(T * N, ROWS)
     row_R1, d_1D = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
@@ -152,6 +155,7 @@ def _launch(given: tuple[Tensor, ...], made: tuple[Tensor, ...], start: int) -> 
         HALF=H // 2,
         BLOCK=triton.next_power_of_2(H // 2),
         **shape,
+        **launch_behind(dependent(q_BTNH)),
     )
 
 
@@ -264,7 +268,7 @@ KERNELS = (
                 "3 x 1001, 5 heads on 5 of 72, float32 turns", 3, 1001, 5, 5, 72, room=None, turn_dtype=torch.float32
             ),
         ),
-        (_ahead("prefill", "many"),),
+        also_dependent(_ahead("prefill", "many")),
     ),
     Kernel(
         "rope_qkv_cached",
@@ -278,6 +282,6 @@ KERNELS = (
             *_tiny(cached=True),
             _case("3 x 1001, 5 heads on 5 of 72", 3, 1001, 5, 5, 72, room=(1010, 3)),
         ),
-        (_ahead("denoise", "few"),),
+        also_dependent(_ahead("denoise", "few")),
     ),
 )

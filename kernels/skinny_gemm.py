@@ -25,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from pi0exp.kernels.ahead import ask, dependent
+from pi0exp.kernels.ahead import ask
+from pi0exp.kernels.dependent import dependent, launch_behind
 from pi0exp.kernels.gemm_cases import case, chain, counted, skinny_cublas, skinny_reference, small_cases
 from pi0exp.kernels.gemm_epilogue import arch_of, checked, finish, read
 from pi0exp.kernels.kernel import INTERPRETED, AheadOfTime, Kernel, launchable, require
@@ -268,8 +269,8 @@ def launched(
         parts = x_MK.new_empty((tiles, launch.SPLITS, BM, R), dtype=torch.float32)
     launchable(skinny_gemm_kernel)[(tiles, launch.SPLITS)](
         x_MK, weight, y, bias, residual, scale, parts, counters, M, N, K, x_MK.stride(0), rows_per_scale,
-        BM=BM, **launch.constants(K), PDL=pdl, ACTIVATION=activation, GATED=gated, UPCAST=INTERPRETED,
-        num_warps=launch.num_warps, num_stages=launch.num_stages, **({"launch_pdl": True} if pdl else {}),
+        BM=BM, **launch.constants(K), ACTIVATION=activation, GATED=gated, UPCAST=INTERPRETED,
+        num_warps=launch.num_warps, num_stages=launch.num_stages, **launch_behind(pdl),
     )  # fmt: skip
     return y
 

@@ -27,7 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pi0exp.kernels.ahead import asked, dependent
+from pi0exp.kernels.ahead import asked
+from pi0exp.kernels.dependent import dependent, launch_behind
 from pi0exp.kernels.gemm_epilogue import DTYPES
 from pi0exp.kernels.kernel import INTERPRETED, AheadOfTime, launchable, random, require
 from pi0exp.kernels.skinny_gemm import COUNTERS, MAX_ROWS, Launch, check_counters, padded
@@ -97,8 +98,8 @@ def launch_stream(
     pdl = dependent(x_MK, launch.pdl)
     launchable(kernel)[(tiles, launch.SPLITS)](
         x_ptr=x_MK, weight_ptr=weight_CK, parts_ptr=parts, counters_ptr=counters, **asked(ahead, pdl, M), M=M, K=K,
-        **own, **launch.constants(K), BM=padded(M), PDL=pdl, UPCAST=INTERPRETED,
-        num_warps=launch.num_warps, num_stages=launch.num_stages, **({"launch_pdl": True} if pdl else {}),
+        **own, **launch.constants(K), BM=padded(M), UPCAST=INTERPRETED,
+        num_warps=launch.num_warps, num_stages=launch.num_stages, **launch_behind(pdl),
     )  # fmt: skip
 
 

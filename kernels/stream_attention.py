@@ -20,10 +20,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from pi0exp.kernels.ahead import ask, asked, dependent
+from pi0exp.kernels.ahead import ask, asked
 from pi0exp.kernels.attention import HIDDEN, attend_reference
 from pi0exp.kernels.attention_cases import GEMMA, Heads, attention_case
 from pi0exp.kernels.attention_launch import check_arguments
+from pi0exp.kernels.dependent import dependent, launch_behind
 from pi0exp.kernels.kernel import INTERPRETED, AheadOfTime, Case, Kernel, launchable, require
 from pi0exp.kernels.skinny_gemm import Launch, check_counters
 from pi0exp.kernels.stream import counters_on
@@ -162,8 +163,8 @@ def stream_attention(
         v_s=v_BSKH.stride(1), v_k=v_BSKH.stride(2), keys_b=keys.stride(0), keys_s=keys.stride(1), T=T, S=S, parts=parts,
         settled=settled, scale=scale, GROUP=N // K, HEADS_KV=K, H=H, HEAD=head, COLUMNS=launch.COLUMNS, BM=launch.BM,
         BN=launch.BN, PADDED=triton.next_power_of_2(parts), TOGETHER=TOGETHER, HELD=launch.HELD,
-        MASKED=keys_BS is not None, BLIND=blind, HIDDEN=HIDDEN, PDL=pdl, UPCAST=INTERPRETED,
-        num_warps=launch.num_warps, num_stages=1, **({"launch_pdl": True} if pdl else {}),
+        MASKED=keys_BS is not None, BLIND=blind, HIDDEN=HIDDEN, UPCAST=INTERPRETED,
+        num_warps=launch.num_warps, num_stages=1, **launch_behind(pdl),
     )  # fmt: skip
     return out_BTNH
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from pi0exp.kernels.ahead import dependent
+from pi0exp.kernels.dependent import dependent, launch_behind
 from pi0exp.kernels.kernel import AheadOfTime, Case, Kernel, launchable, random, require
 from pi0exp.kernels.stream import check_vector
 
@@ -103,12 +103,11 @@ def stream_embed(
             (x_BCA, in_DA, in_bias_D, time_D, hidden_BCD, FIRST),
             (hidden_BCD, out_DD, out_bias_D, None, tokens_BCD, SECOND),
         ]
-    pdl = dependent(x_BCA, True)
+    behind = launch_behind(dependent(x_BCA))
     for x, weight, bias, time, y, how in launches:
         K = weight.shape[1]
         launchable(stream_embed_kernel)[(triton.cdiv(D, how["BN"]), triton.cdiv(M, ROWS))](
-            x, weight, bias, time, y, M, D, K=K, BLOCK=triton.next_power_of_2(K), ROWS=ROWS, PDL=pdl, **how,
-            **({"launch_pdl": True} if pdl else {}),
+            x, weight, bias, time, y, M, D, K=K, BLOCK=triton.next_power_of_2(K), ROWS=ROWS, **how, **behind,
         )  # fmt: skip
     return tokens_BCD
 

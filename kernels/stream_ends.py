@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from pi0exp.kernels.ahead import dependent
+from pi0exp.kernels.dependent import dependent, launch_behind
 from pi0exp.kernels.kernel import FLOATS, AheadOfTime, Case, Kernel, launchable, random, require, wide
 from pi0exp.kernels.stream import check_squares, check_vector, inverse_rms_reference, positive
 from pi0exp.kernels.stream_residual import squares_reference
@@ -101,10 +101,9 @@ def stream_begin(tokens_BTD: Tensor, scale_D: Tensor, like: Tensor) -> tuple[Ten
     check_vector("scale", scale_D, D)
     x_BTD, xs_BTD = (tokens_BTD.new_empty(tokens_BTD.shape, dtype=dtype) for _ in range(2))
     squares_PM = tokens_BTD.new_empty((1, B * T), dtype=torch.float32)
-    pdl = dependent(tokens_BTD, True)
     launchable(stream_begin_kernel)[(B * T,)](
-        tokens_BTD, scale_D, x_BTD, xs_BTD, squares_PM, D=D, BLOCK=triton.next_power_of_2(D), PDL=pdl, **BEGIN,
-        **({"launch_pdl": True} if pdl else {}),
+        tokens_BTD, scale_D, x_BTD, xs_BTD, squares_PM, D=D, BLOCK=triton.next_power_of_2(D), **BEGIN,
+        **launch_behind(dependent(tokens_BTD)),
     )  # fmt: skip
     return x_BTD, xs_BTD, squares_PM
 
@@ -127,11 +126,10 @@ def stream_end(
     require(weight_AD.shape == (A, D) and weight_AD.is_contiguous(), f"weight is not [{A}, {D}], contiguous")
     require(0 < last <= T, f"the last {last} of {T} tokens")
     y_BCA = weight_AD.new_empty((B, last, A))
-    pdl = dependent(xs_BTD, True)
     launchable(stream_end_kernel)[(B * last, triton.cdiv(A, END["BA"]))](
         xs_BTD, squares_PM, shift_D, weight_AD, bias_A, y_BCA, B * T, T, last, eps, D=D,
         BLOCK=triton.next_power_of_2(D), A=A, TILES=squares_PM.shape[0],
-        PADDED=triton.next_power_of_2(squares_PM.shape[0]), PDL=pdl, **END, **({"launch_pdl": True} if pdl else {}),
+        PADDED=triton.next_power_of_2(squares_PM.shape[0]), **END, **launch_behind(dependent(xs_BTD)),
     )  # fmt: skip
     return y_BCA
 

@@ -25,6 +25,8 @@ LDS_BYTES = {"gfx942": 64 * 1024, "gfx950": 160 * 1024, "sm_90": 227 * 1024}
 EVERY_DAY = {
     ("rms_norm", "prefill"): ("gfx942", "sm_90"),
     ("add_adarms_norm", "denoise"): ("gfx950",),
+    ("add_rms_norm", "denoise, dependent"): ("sm_90",),
+    ("attend_split", "attend, denoise, dependent"): ("sm_90",),
     ("add_layer_norm", "vision"): ("gfx942",),
     ("gather", "bytes"): ("gfx942", "sm_90"),
     ("gated_activation", "denoise"): ("gfx950",),
@@ -58,6 +60,15 @@ def compile_for(entry: AheadOfTime, target: str) -> CompiledKernel:
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
+def waits_as_told(entry: AheadOfTime, ptx: str) -> bool:
+    """Only dependent launches wait for the kernel in front; what came from `also_dependent` does so before it reads."""
+    wait = ptx.find("griddepcontrol.wait")
+    first = re.search(r"\b(?:ld|st)\.global|\bcp\.async", ptx)
+    if entry.name.endswith(", dependent") and not entry.function.__name__.startswith("stream_"):
+        return 0 <= ptx.find("griddepcontrol.launch_dependents") < wait < first.start()
+    return (wait >= 0) == bool(entry.constants.get("PDL"))
+
+
 def amd_facts(assembly: str) -> dict[str, int]:
     """The numbers in the metadata of AMD's code object."""
     names = ("vgpr_spill_count", "sgpr_spill_count", "wavefront_size")
@@ -85,6 +96,7 @@ def test_compiles(name, entry, target, tmp_path, monkeypatch):
         assert compiled.asm["cubin"][:4] == b"\x7fELF"
         assert ".target sm_90a" in compiled.asm["ptx"]
         matrix = re.findall(r"\b(?:wgmma\.mma_async|mma\.sync)\b", compiled.asm["ptx"])
+        assert waits_as_told(entry, compiled.asm["ptx"])
     else:
         assembly = compiled.asm["amdgcn"]
         assert compiled.asm["hsaco"][:4] == b"\x7fELF"
