@@ -101,7 +101,7 @@ def rope_qkv_kernel(
         q_out_ptr += b * T * N * 2 * HALF
         _turn(
             q_ptr + b * q_B, q_T, q_N, cos_ptr, cos_T, sin_ptr, sin_T,
-            q_out_ptr, N * 2 * HALF, 2 * HALF, 0, r_R1, d_1D, inside, N, HALF,
+            q_out_ptr, N * 2 * HALF, 2 * HALF, 0, r_R1, d_1D, inside, N if N else 1, HALF,
         )
     else:
         r_R1 = ((program - of_queries) * ROWS + row_R1).to(tl.int64)
@@ -166,7 +166,8 @@ def rope_qkv(
     """Queries and keys turned, and the values, each contiguous.
 
     q, k, v: one dtype, bfloat16, float16 or float32; values of a head adjacent, all other strides free. cos, sin:
-    [B or 1, T, 1, H], any dtype, both halves of H alike. Raises ValueError where they do not fit.
+    [B or 1, T, 1, H], any dtype, both halves of H alike. There may be no queries: N = 0. Raises ValueError where they
+    do not fit.
     """
     q_out, k_out, v_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BTNH, k_BTKH, v_BTKH))
     _launch((q_BTNH, k_BTKH, v_BTKH, cos_BT1H, sin_BT1H), (q_out, k_out, v_out), 0)
@@ -244,6 +245,7 @@ def _tiny(cached: bool) -> tuple[Case, ...]:
             "2 x 5, 3 heads on 3 float32", 2, 5, 3, 3, 20, room=rooms[1], turns=2, dtype=f32, turn_dtype=f32, small=True
         ),
         _case("2 x 3, 2 heads on 1, float32 turns", 2, 3, 2, 1, 36, room=rooms[2], turn_dtype=f32, small=True),
+        _case("2 x 3, no queries", 2, 3, 0, 2, 16, room=rooms[2], small=True),
     )
 
 
@@ -278,6 +280,7 @@ KERNELS = (
             _case("denoise 11 behind 788", 1, 11, 8, 1, 256, room=(799, 788), pi0=True),
             _case("denoise 50 behind 816", 1, 50, 8, 1, 256, room=(866, 816), pi0=True),
             _case("prefill 788 of 839", 1, 788, 8, 1, 256, room=(839, 0), pi0=True),
+            _case("last layer of the prefill, no queries", 1, 788, 0, 1, 256, room=(839, 0), pi0=True),
             _case("above L2 64 x 788 of 839", 64, 788, 8, 1, 256, room=(839, 0), turns=64, pi0=True),
             *_tiny(cached=True),
             _case("3 x 1001, 5 heads on 5 of 72", 3, 1001, 5, 5, 72, room=(1010, 3)),

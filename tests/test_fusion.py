@@ -16,7 +16,7 @@ from pi0exp.fusion import steps
 from pi0exp.fusion.fusion import Fusion
 from pi0exp.fusion.keys_only import KeysOnly, NoNorm
 from pi0exp.fusion.rewrites import Rewrites
-from pi0exp.model.gemma import GemmaAttention
+from pi0exp.model.gemma import GemmaAttention, Rotation
 from pi0exp.model.layers import AdaRMSNorm, Linear
 from pi0exp.model.pi0 import Context
 from pi0exp.model.siglip import VisionAttention
@@ -50,7 +50,10 @@ GIVEN = [
     tiny_observation([(1, 0, 1)], [3]),
     tiny_observation([(0, 1, 1)], [8]),
     tiny_observation([(1, 1, 1), (0, 0, 1)], [2, 6]),
+    tiny_observation([(1, 1, 1)] * 2, [8, 8]),
 ]
+"""The last has nothing but real tokens, which the host knows."""
+assert [given.structure.full for given in GIVEN] == [False] * 4 + [True]
 
 
 def distance(policy: Policy, plain: Policy) -> float:
@@ -246,6 +249,24 @@ def test_rotation_of_the_state_s_place_is_found():
 
     policy.model.after_first = late
     assert distance(policy, tiny_policy()) > 10 * FLOAT32
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+@pytest.mark.parametrize("wrong", [0, 3 * 16 + 8], ids=["prefix", "suffix"])
+def test_rows_of_the_tables_one_late_are_found(wrong: int, pi05: bool):
+    """Where every token is real nothing is looked up: the rotations are rows of the tables, from 0 and behind them."""
+    policy, starts = applied(only("rope_tables"), pi05), []
+    at = policy.model.rope.at
+
+    def late(start: int, stop: int) -> Rotation:
+        starts.append(start)
+        return at(start + (start == wrong), stop + (start == wrong))
+
+    policy.model.rope.at = late
+    noise_BCA = noise_for(policy, GIVEN[-1])
+    found, plain = (one.sample_actions(GIVEN[-1], noise_BCA) for one in (policy, tiny_policy(pi05)))
+    assert starts == [0, 3 * 16 + 8]
+    assert max(rel_l2(found, plain)) > 10 * FLOAT32
 
 
 def test_swapped_keys_and_values_are_found():

@@ -152,8 +152,11 @@ def test_reference_passes_its_own_comparison(name):
 @pytest.mark.parametrize("spoil", SPOILS)
 @pytest.mark.parametrize("name", KERNELS)
 def test_spoilt_result_is_found(name, spoil):
-    wrong = spoilt(KERNELS[name].reference, SPOILS[spoil])
+    reference = KERNELS[name].reference
+    wrong = spoilt(reference, SPOILS[spoil])
     for case in (c for c in KERNELS[name].cases if c.small):
+        if not results(reference, case, arguments_of(case, CPU))[0].numel():
+            continue  # nothing to spoil
         assert any(c.wrong for c in check(KERNELS[name], case, CPU, wrong)), case.name
 
 

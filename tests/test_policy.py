@@ -360,7 +360,7 @@ def test_stages_called_one_by_one_make_the_actions(pi05: bool):
     context = model.begin(cache, valid_BS, given.state_BA, policy.horizon, given.structure.full)
     for time in timesteps(policy.num_steps):
         velocity_BCA = model.denoise_step(x_BCA, torch.full((2,), time), context)
-        x_BCA = x_BCA + step_size(policy.num_steps) * velocity_BCA
+        x_BCA = torch.add(x_BCA, velocity_BCA, alpha=step_size(policy.num_steps))
     assert torch.equal(x_BCA, policy.sample_actions(given, noise_BCA))
 
 

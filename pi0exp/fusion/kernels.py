@@ -7,6 +7,7 @@ Shapes: B batch, T tokens, S prefix tokens, D width, K key/value heads, H head d
 
 from torch import Tensor
 
+from pi0exp.fusion.keys_only import KeysOnly
 from pi0exp.fusion.projections import split
 from pi0exp.fusion.steps import give_room
 from pi0exp.model.gemma import GemmaAttention, LayerCache, Rotation, first_rows
@@ -96,6 +97,8 @@ def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
 def fill_rope(policy: Policy) -> None:
     """Split, rotation and cache write in one kernel; the steps write behind the prefix instead of copying it."""
     policy.fill(GemmaAttention, "project", rope_project, ("prefill", "denoise"), "Triton rope_qkv")
+    if policy.instances(KeysOnly, "prefill"):
+        policy.fill(KeysOnly, "keep", rope_keep, ("prefill",), "Triton rope_qkv without queries")
     give_room(policy, queries=False)
 
 
@@ -103,12 +106,23 @@ def rope_project(
     attention: GemmaAttention, x_BTD: Tensor, rotation: Rotation, prefix: LayerCache | None
 ) -> tuple[Tensor, LayerCache]:
     """The slot `GemmaAttention.project`: keys and values go behind the prefix's, in place."""
+    return rotated_into_room(*split(attention, x_BTD), rotation, prefix)
+
+
+def rope_keep(k_BTKH: Tensor, v_BTKH: Tensor, rotation: Rotation, prefix: LayerCache | None) -> LayerCache:
+    """The slot `KeysOnly.keep`."""
+    return rotated_into_room(k_BTKH[:, :, :0], k_BTKH, v_BTKH, rotation, prefix)[1]
+
+
+def rotated_into_room(
+    q_BTNH: Tensor, k_BTKH: Tensor, v_BTKH: Tensor, rotation: Rotation, prefix: LayerCache | None
+) -> tuple[Tensor, LayerCache]:
+    """The queries turned, and the cache with keys and values behind the prefix's."""
     from pi0exp.kernels.rope_qkv import rope_qkv_cached
 
     assert prefix is not None
     assert prefix.room is not None
-    q_BTNH, k_BTKH, v_BTKH = split(attention, x_BTD)
-    S, T, K = prefix.k_BSKH.shape[1], x_BTD.shape[1], attention.num_kv_heads
+    S, (T, K) = prefix.k_BSKH.shape[1], k_BTKH.shape[1:3]
     whole = first_rows(prefix.room, prefix.room.shape[1], K)
     q_BTNH = rope_qkv_cached(q_BTNH, k_BTKH, v_BTKH, *rotation, whole.k_BSKH, whole.v_BSKH, S)
     return q_BTNH, first_rows(prefix.room, S + T, K)

@@ -17,10 +17,20 @@ def plain_project(layer: "KeysOnly", x_BTD: Tensor) -> tuple[Tensor, Tensor]:
     return layer.k(x_BTD), layer.v(x_BTD)
 
 
+def plain_keep(k_BTKH: Tensor, v_BTKH: Tensor, rotation: Rotation, prefix: LayerCache | None) -> LayerCache:
+    """The cache with the rotated keys and the values behind it."""
+    return extend(prefix, rotate(k_BTKH, *rotation), v_BTKH)
+
+
 class KeysOnly(nn.Module):
-    """Stands in a block's place without queries, attention and MLP. Slot `project`: (layer, x) -> keys, values."""
+    """Stands in a block's place without queries, attention and MLP.
+
+    Slots: `project`: (layer, x) -> keys, values, each [B, T, K H]; `keep`: (keys before rotation and values, each
+    [B, T, K, H], rotation, prefix or None) -> the cache with both.
+    """
 
     project: Callable[["KeysOnly", Tensor], tuple[Tensor, Tensor]] = staticmethod(plain_project)
+    keep: Callable[[Tensor, Tensor, Rotation, LayerCache | None], LayerCache] = staticmethod(plain_keep)
 
     kv: Linear  # in the place of k and v where they are merged
 
@@ -41,7 +51,7 @@ class KeysOnly(nn.Module):
         """As `GemmaBlock.forward`; the residual stream is what came in, and nobody reads it."""
         x_BTD, normed_BTD, _ = self.norm1(x_BTD, branch, cond)
         k_BTKH, v_BTKH = (half.unflatten(-1, (-1, self.head_dim)) for half in self.project(self, normed_BTD))
-        return x_BTD, None, extend(prefix, rotate(k_BTKH, *rotation), v_BTKH)
+        return x_BTD, None, self.keep(k_BTKH, v_BTKH, rotation, prefix)
 
 
 class NoNorm(nn.Module):

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pi0exp.errors import UserError
-from pi0exp.model.gemma import GemmaBlock, LayerCache, first_rows
+from pi0exp.model.gemma import GemmaBlock, LayerCache, Rotation, first_rows
 from pi0exp.model.layers import AdaRMSNorm, Linear, Rope
 from pi0exp.model.observation import Observation
-from pi0exp.model.pi0 import Context, Pi0, no_cache, suffix_positions, timesteps
+from pi0exp.model.pi0 import Context, Pi0, no_cache, plain_rotate_prefix, suffix_positions, timesteps
 from pi0exp.policy import Policy
 
 POSITIONS = 4096
@@ -184,7 +184,10 @@ def state_in_cache(model: Pi0, context: Context) -> Context:
         assert room is not None
         caches.append(first_rows(room, k_BSKH.shape[1] + 1, k_BSKH.shape[2]))
     valid_BS, rotation = context.valid_BS, context.rotation
-    valid_BS = torch.cat([valid_BS, valid_BS.new_ones(valid_BS.shape[0], 1)], dim=1)
+    if context.full:
+        valid_BS = valid_BS[:, :1].expand(-1, valid_BS.shape[1] + 1)  # no launch: all of them are real
+    else:
+        valid_BS = torch.cat([valid_BS, valid_BS.new_ones(valid_BS.shape[0], 1)], dim=1)
     if rotation is not None:
         rotation = rotation[0][:, 1:], rotation[1][:, 1:]
     return Context(caches, valid_BS, context.full, None, rotation)
@@ -212,9 +215,13 @@ class RopeTable(Rope):
         assert dtype == self.cos_PH.dtype
         return self.cos_PH[positions_BT][:, :, None], self.sin_PH[positions_BT][:, :, None]
 
+    def at(self, start: int, stop: int) -> Rotation:
+        """[1, stop - start, 1, H] of the positions from start to stop, of every row of the batch: no launch."""
+        return self.cos_PH[None, start:stop, None], self.sin_PH[None, start:stop, None]
+
 
 def tabulate_rope(policy: Policy) -> None:
-    """Look cosines and sines up; those of the suffix once a call."""
+    """Look cosines and sines up, those of the suffix once a call; where every token is real, as rows of the tables."""
     model = policy.model
     patches, horizon = model.config.vision.num_patches, policy.horizon
     model.rope = RopeTable(model.rope, model.precision.activations)
@@ -226,11 +233,24 @@ def tabulate_rope(policy: Policy) -> None:
         return observation
 
     policy.prepare_with(fits, f"checked against {POSITIONS} positions")
+    policy.fill_model("rotate_prefix", rotation_of_prefix, "looked up")
     policy.fill_model("preparations", (*model.preparations, rotation_of_suffix), "one rotation for all steps")
+
+
+def rotation_of_prefix(model: Pi0, valid_BS: Tensor, full: bool) -> Rotation:
+    """The slot `Pi0.rotate_prefix`."""
+    if not full:
+        return plain_rotate_prefix(model, valid_BS, full)
+    assert isinstance(model.rope, RopeTable)
+    return model.rope.at(0, valid_BS.shape[1])
 
 
 def rotation_of_suffix(model: Pi0, context: Context, horizon: int) -> Context:
     """The suffix stands at the same positions in every step."""
     tokens = horizon + (context.state_BA is not None)
+    if context.full:
+        assert isinstance(model.rope, RopeTable)
+        S = context.valid_BS.shape[1]
+        return context._replace(rotation=model.rope.at(S, S + tokens))
     positions_BT = suffix_positions(context.valid_BS, tokens)
     return context._replace(rotation=model.rope(positions_BT, model.precision.activations))

@@ -95,6 +95,12 @@ def plain_embed_actions(model: "Pi0", x_BCA: Tensor, time_B: Tensor) -> tuple[Te
     return model.action_time_mlp_out(F.silu(model.action_time_mlp_in(both_BCE))), None
 
 
+def plain_rotate_prefix(model: "Pi0", valid_BS: Tensor, full: bool) -> Rotation:
+    """Cosines and sines [B, S, 1, H] of the prefix."""
+    rotation: Rotation = model.rope(prefix_positions(valid_BS), model.precision.activations)
+    return rotation
+
+
 def plain_step(model: "Pi0", x_BCA: Tensor, moment: Tensor, context: Context) -> Tensor:
     """The velocity: the suffix's tokens through the expert, against the cache."""
     suffix_BTD, cond_BD = model.embed_suffix(x_BCA, moment, context.state_BA)
@@ -111,7 +117,8 @@ class Pi0(nn.Module):
     """Pi0 or Pi0.5, by `config.pi05`.
 
     Slots of the model itself: `embed_images` (model, pictures) -> tokens of each; `mask_prefix` and `mask_suffix`, as
-    in `mask`; `empty_cache` (model, prefix) -> what the prefill writes to, or None; `moment` (model, step, time, batch
+    in `mask`; `rotate_prefix` (model, which prefix tokens are real, whether all are) -> their cosines and sines;
+    `empty_cache` (model, prefix) -> what the prefill writes to, or None; `moment` (model, step, time, batch
     size) -> what the step is told of it; `embed_actions` (model, noisy actions, moment) -> tokens, condition;
     `preparations`, each (model, context, horizon) -> context, done by `begin`; `step` (model, noisy actions, moment,
     context) -> velocity; `after_first` (model, context) -> context of the second and later steps.
@@ -120,6 +127,7 @@ class Pi0(nn.Module):
     embed_images: Callable[["Pi0", list[Tensor]], list[Tensor]] = staticmethod(each_image)
     mask_prefix: Callable[[Tensor, bool], Mask] = staticmethod(prefix_mask)
     mask_suffix: Callable[[Tensor, int, bool, bool], Mask] = staticmethod(suffix_mask)
+    rotate_prefix: Callable[["Pi0", Tensor, bool], Rotation] = staticmethod(plain_rotate_prefix)
     empty_cache: Callable[["Pi0", Tensor], list[LayerCache] | None] = staticmethod(no_cache)
     moment: Callable[["Pi0", int, float, int], Tensor] = staticmethod(plain_moment)
     embed_actions: Callable[["Pi0", Tensor, Tensor], tuple[Tensor, Tensor | None]] = staticmethod(plain_embed_actions)
@@ -154,7 +162,10 @@ class Pi0(nn.Module):
             self.action_time_mlp_out = Linear(width, width)
 
     def sample_actions(self, observation: Observation, noise_BCA: Tensor, num_steps: int = 10) -> Tensor:
-        """Integrate the flow from noise (t = 1) to actions (t = 0) with `num_steps` Euler steps: float32 [B, C, A]."""
+        """Integrate the flow from noise (t = 1) to actions (t = 0) with `num_steps` Euler steps: float32 [B, C, A].
+
+        x + dt v is one operation that rounds once; the original, which rounds dt v too, is a bit of float32 away.
+        """
         full = observation.structure.full
         prefix_BSD, valid_BS = self.embed_prefix(
             list(observation.images.values()),
@@ -167,7 +178,7 @@ class Pi0(nn.Module):
         x_BCA, dt = noise_BCA.to(self.precision.outside), step_size(num_steps)
         for step, time in enumerate(timesteps(num_steps)):
             moment = self.moment(self, step, time, observation.batch_size)
-            x_BCA = x_BCA + dt * self.denoise_step(x_BCA, moment, context)
+            x_BCA = torch.add(x_BCA, self.denoise_step(x_BCA, moment, context), alpha=dt)
             if step == 0:
                 context = self.after_first(self, context)
         return x_BCA
@@ -189,7 +200,7 @@ class Pi0(nn.Module):
 
     def prefill(self, prefix_BSD: Tensor, valid_BS: Tensor, full: bool) -> list[LayerCache]:
         """Keys and values of every paligemma layer. `full`: the host knows that every prefix token is real."""
-        rotation = self.rope(prefix_positions(valid_BS), prefix_BSD.dtype)
+        rotation = self.rotate_prefix(self, valid_BS, full)
         past, mask = self.empty_cache(self, prefix_BSD), self.mask_prefix(valid_BS, full)
         cache: list[LayerCache] = self.paligemma(prefix_BSD, rotation, mask, past, None)[1]
         return cache
