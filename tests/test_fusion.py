@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, N query heads, K key/value heads, H head dim, D width
 """
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from pi0exp.fusion import steps
 from pi0exp.fusion.fusion import Fusion
 from pi0exp.fusion.keys_only import KeysOnly, NoNorm
 from pi0exp.fusion.rewrites import Rewrites
+from pi0exp.kernels import rope_qkv
 from pi0exp.model.gemma import GemmaAttention, Rotation
 from pi0exp.model.layers import AdaRMSNorm, Linear
 from pi0exp.model.pi0 import Context
@@ -210,6 +212,22 @@ def test_room_holds_prefix_and_suffix(pi05: bool, switches: dict[str, bool], hea
     plain = tiny_policy(pi05)
     noise_BCA = noise_for(plain, given)
     assert max(rel_l2(policy.sample_actions(given, noise_BCA), plain.sample_actions(given, noise_BCA))) < FLOAT32
+
+
+@pytest.mark.parametrize("pi05", [False, True])
+@pytest.mark.parametrize("last", [False, True], ids=["all layers", "the last makes only keys and values"])
+def test_rotation_by_the_kernel(last: bool, pi05: bool, monkeypatch: pytest.MonkeyPatch):
+    """Who rotates and stores is asked with the right arguments: here the kernel's reference is in its place."""
+    calls = []
+
+    def reference(*given: Any) -> Tensor:
+        calls.append(given[0].shape[2])
+        return rope_qkv.rope_qkv_cached_reference(*given)
+
+    monkeypatch.setattr(rope_qkv, "rope_qkv_cached", reference)
+    policy = applied(Fusion(qkv=True, rope=True, rewrites=Rewrites(last_layer_kv=last)), pi05)
+    assert distance(policy, tiny_policy(pi05)) < FLOAT32
+    assert calls.count(0) == last * len(GIVEN)
 
 
 # ---- mistakes that the checks above must see
