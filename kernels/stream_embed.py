@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from pi0exp.kernels.dependent import dependent, launch_behind
+from pi0exp.kernels.dependent import also_dependent, dependent, launch_behind
 from pi0exp.kernels.kernel import AheadOfTime, Case, Kernel, launchable, random, require
 from pi0exp.kernels.stream import check_vector
 
@@ -137,11 +137,10 @@ def _case(
 _TYPES = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr", "time_ptr", "y_ptr"), "*fp32:16") | {"M": "i32", "N": "i32"}
 
 
-def _ahead(name: str, K: int, how: dict[str, int], pdl: bool, timed: bool) -> AheadOfTime:
+def _ahead(name: str, K: int, how: dict[str, int], timed: bool) -> AheadOfTime:
     types = {argument: kind for argument, kind in _TYPES.items() if timed or argument != "time_ptr"}
-    constants = {"K": K, "BLOCK": K, "BN": how["BN"], "ROWS": ROWS, "PDL": pdl} | ({} if timed else {"time_ptr": None})
-    targets = ("sm_90",) if pdl else ("gfx942", "gfx950", "sm_90")
-    return AheadOfTime(name, stream_embed_kernel, types, constants, how["num_warps"], targets=targets)
+    constants = {"K": K, "BLOCK": K, "BN": how["BN"], "ROWS": ROWS} | ({} if timed else {"time_ptr": None})
+    return AheadOfTime(name, stream_embed_kernel, types, constants, how["num_warps"])
 
 
 KERNELS = (
@@ -157,14 +156,10 @@ KERNELS = (
             _case("small, no time", 2, 3, 5, 45, timed=False, pi0=False, small=True),
             _case("small, one row", 1, 1, 16, 64, pi0=False, small=True),
         ),
-        ahead_of_time=tuple(
-            _ahead(f"{which}, {name}", K, how, pdl, timed)
-            for which, K, how, timed in (
-                ("first", 32, FIRST, True),
-                ("second", 1024, SECOND, False),
-                ("only", 32, FIRST, False),
-            )
-            for name, pdl in (("any GPU", False), ("dependent", True))
+        ahead_of_time=also_dependent(
+            _ahead("first", 32, FIRST, timed=True),
+            _ahead("second", 1024, SECOND, timed=False),
+            _ahead("only", 32, FIRST, timed=False),
         ),
     ),
 )

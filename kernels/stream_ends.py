@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op
 
-from pi0exp.kernels.dependent import dependent, launch_behind
+from pi0exp.kernels.dependent import also_dependent, dependent, launch_behind, wait_for_front
 from pi0exp.kernels.kernel import FLOATS, AheadOfTime, Case, Kernel, launchable, random, require, wide
 from pi0exp.kernels.stream import check_squares, check_vector, inverse_rms_reference, positive
 from pi0exp.kernels.stream_residual import squares_reference
@@ -48,9 +48,7 @@ def stream_begin_kernel(
     tokens_ptr, scale_ptr, x_ptr, xs_ptr, squares_ptr, D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """A row. Grid (M,)."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_front(PDL)
     d = tl.arange(0, BLOCK)
     at = tl.program_id(0) * D + d
     kind = x_ptr.dtype.element_ty
@@ -187,13 +185,10 @@ _FP32 = ("scale_ptr", "squares_ptr", "shift_ptr", "weight_ptr", "bias_ptr", "tok
 _TYPES = dict.fromkeys(_FP32, "*fp32:16") | dict.fromkeys(("x_ptr", "xs_ptr"), "*bf16:16")
 
 
-def _ahead(name: str, kernel: Any, own: dict[str, str], pdl: bool, **constants: Any) -> AheadOfTime:
+def _ahead(kernel: Any, own: dict[str, str], **constants: Any) -> AheadOfTime:
     names = set(kernel.arg_names) - set(constants)
     types = {argument: kind for argument, kind in (_TYPES | own).items() if argument in names}
-    targets = ("sm_90",) if pdl else ("gfx942", "gfx950", "sm_90")
-    return AheadOfTime(
-        name, kernel, types, {"D": 1024, "BLOCK": 1024, "PDL": pdl, **constants}, targets=targets
-    )  # fmt: skip
+    return AheadOfTime("a step", kernel, types, {"D": 1024, "BLOCK": 1024, **constants})
 
 
 _END_FIXED = {"A": 32, "BA": END["BA"], "TILES": 64, "PADDED": 64}
@@ -210,9 +205,7 @@ KERNELS = (
             _begin_case("small", 2, 3, 45, pi0=False, small=True),
             _begin_case("small, float32", 1, 2, 32, torch.float32, pi0=False, small=True),
         ),
-        ahead_of_time=tuple(
-            _ahead(name, stream_begin_kernel, {}, pdl) for name, pdl in (("any GPU", False), ("dependent", True))
-        ),
+        ahead_of_time=also_dependent(_ahead(stream_begin_kernel, {})),
     ),
     Kernel(
         "stream_end",
@@ -224,9 +217,6 @@ KERNELS = (
             _end_case("small", 2, 3, 45, 5, last=2, tiles=3, shift=True, pi0=False, small=True),
             _end_case("small, float32", 1, 2, 32, 9, last=2, tiles=1, dtype=torch.float32, pi0=False, small=True),
         ),
-        ahead_of_time=tuple(
-            _ahead(name, stream_end_kernel, dict(_END_TYPES), pdl, **_END_FIXED)
-            for name, pdl in (("any GPU", False), ("dependent", True))
-        ),
+        ahead_of_time=also_dependent(_ahead(stream_end_kernel, dict(_END_TYPES), **_END_FIXED)),
     ),
 )
