@@ -12,6 +12,7 @@ import torch
 from helpers import noise_for, plain_config, subject_of, tiny_observation, tiny_policy
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._inductor import list_mode_options, list_options
+from torch._inductor.utils import run_and_get_code
 
 from pi0exp import build, config
 from pi0exp.compile_mode import inductor
@@ -237,6 +238,37 @@ def test_modes_are_those_of_pytorch():
     assert "triton.cudagraphs" not in MaxAutotuneNoGraphs().settings()
 
 
+@pytest.mark.parametrize("name", MODES)
+def test_dependent_launches_are_one_setting_more(name: str, traced: list[dict[str, Any]]):
+    option = option_of(name, "compile_mode.dependent_launches=true")
+    assert option.settings() == {**option_of(name).settings(), "triton.enable_pdl": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lines = [line for line in applied(option).applied["compile_mode"] if "torch.compile" in line]
+    assert traced == [option.settings()] * 4
+    assert all("dependent launches" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_dependent_launches_are_refused_where_inductor_would_make_none(name: str):
+    words = (f"compile_mode={name}", "compile_mode.dependent_launches=true")
+    stack = config.stack(plain_config(*words))
+    assert build.unmet(stack, GPU) == []
+    for gpu, vendor, arch in (("NVIDIA A100", "nvidia", "sm_80"), ("AMD Instinct MI350X", "amd", "gfx950")):
+        (reason,) = build.unmet(stack, Machine(gpu=gpu, vendor=vendor, arch=arch))
+        assert reason.startswith("compile_mode: dependent_launches needs")
+        assert gpu in reason
+    (reason,) = build.unmet(stack, Machine(gpu="CPU", vendor="cpu", arch=""))
+    assert "no GPU that torch can use" in reason
+
+
+def test_dependent_launches_are_refused_by_a_compiler_without_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(inductor, "list_options", lambda: ["max_autotune"])
+    with pytest.raises(UserError, match=r"dependent_launches: triton\.enable_pdl is no setting") as caught:
+        option_of("default", "compile_mode.dependent_launches=true")
+    assert "\n" not in str(caught.value)
+
+
 def test_aggressive_names_its_settings():
     lines = [line for line in applied(option_of("aggressive")).applied["compile_mode"] if "torch.compile" in line]
     assert len(lines) == 4
@@ -336,6 +368,29 @@ def test_mode_on_a_gpu(words: str, region: str):
     if "compile/recordings" in counters:
         assert counters["compile/recordings"] > 0
         assert counters["compile/cudagraph_skips"] == 0
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_dependent_launches_on_a_gpu():
+    """Forty short kernels, each of which reads what the one in front writes: as without, to the bit."""
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("needs compute capability 9.0")
+
+    def chain(x_MN: torch.Tensor, w_NN: torch.Tensor) -> torch.Tensor:
+        for _ in range(20):
+            x_MN = torch.softmax(x_MN, -1) @ w_NN
+        return x_MN
+
+    x_MN, w_NN = torch.randn(64, 512, device="cuda"), torch.randn(512, 512, device="cuda")
+    both = [Default(dependent_launches=asked).settings() for asked in (False, True)]
+    ordinary, dependent = (torch.compile(chain, options=settings or None, dynamic=False) for settings in both)
+    _, (code,) = run_and_get_code(dependent, x_MN, w_NN)
+    assert "gdc_wait" in code
+    for seed in range(20):
+        torch.manual_seed(seed)
+        x_MN = torch.randn(64, 512, device="cuda")
+        assert torch.equal(ordinary(x_MN, w_NN), dependent(x_MN, w_NN))
 
 
 @pytest.mark.gpu

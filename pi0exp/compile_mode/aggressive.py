@@ -26,8 +26,8 @@ class Aggressive(Compiled):
             raise ValueError("options is empty; choose compile_mode=default")
         refuse_unknown(self.options)
 
-    def settings(self) -> dict[str, Any]:
+    def own_settings(self) -> dict[str, Any]:
         return dict(self.options)
 
     def remark(self) -> str:
-        return "".join(f", {name}={value}" for name, value in self.options.items())
+        return "".join(f", {name}={value}" for name, value in self.options.items()) + super().remark()

@@ -23,8 +23,9 @@ from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handl
 from torch._inductor import list_mode_options, list_options
 
 from pi0exp.compile_mode.option import CompileOption
+from pi0exp.machine import Machine
 from pi0exp.model.observation import Observation
-from pi0exp.option import Numerics
+from pi0exp.option import Numerics, Requires
 from pi0exp.policy import DeviceCall, Policy
 
 
@@ -45,12 +46,19 @@ _VARIANTS = {Region.stage: 1, Region.block: 4}
 block of each differs from the others: it has no branch to add and makes the mask."""
 
 
+DEPENDENT = {"triton.enable_pdl": True}
+KNOWS_DEPENDENT = Requires(vendors=("nvidia",), archs=("sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121"))
+"""Compute capability 9.0 and later, which is what Inductor asks (torch/_inductor/codegen/triton.py)."""
+
+
 @dataclass(frozen=True)
 class Compiled(CompileOption):
     """Static shapes; a new structure of the observation compiles anew. Numerics: fusion changes roundings.
 
     region: what is compiled by itself. fullgraph: an operation that cannot be traced is an error, not a break of the
-    graph. max_structures: how many different structures are compiled before it is an error.
+    graph. max_structures: how many different structures are compiled before it is an error. dependent_launches: each
+    kernel that is generated starts while the one in front of it ends (`pi0exp.kernels.dependent`), which Inductor calls
+    `triton.enable_pdl` and leaves off.
     Source of modes and settings: torch._inductor.list_mode_options() and torch/_inductor/config.py.
     Proof: kernels that Triton compiled for Inductor, named triton_...; where the mode captures, graph launches, too.
     """
@@ -62,12 +70,25 @@ class Compiled(CompileOption):
     region: Region = Region.stage
     fullgraph: bool = True
     max_structures: int = 16
+    dependent_launches: bool = False
 
     def __post_init__(self) -> None:
         if self.max_structures < 1:
             raise ValueError(f"max_structures is {self.max_structures}; it must be 1 or more")
+        if self.dependent_launches:
+            refuse_unknown(DEPENDENT, "dependent_launches: ")
+
+    def unmet(self, machine: Machine) -> list[str]:
+        reasons = super().unmet(machine)
+        if self.dependent_launches and not reasons:  # Inductor would leave them ordinary ones in silence
+            reasons = [f"dependent_launches {reason}" for reason in KNOWS_DEPENDENT.unmet(machine)]
+        return reasons
 
     def settings(self) -> dict[str, Any]:
+        return self.own_settings() | (DEPENDENT if self.dependent_launches else {})
+
+    def own_settings(self) -> dict[str, Any]:
+        """Those of the mode."""
         settings: dict[str, Any] = dict(list_mode_options(self.mode))
         if self.captures:
             # What cannot be captured is an error; Inductor would run it without a graph.
@@ -91,7 +112,7 @@ class Compiled(CompileOption):
 
     def remark(self) -> str:
         """What the mode's name does not say."""
-        return ""
+        return ", dependent launches" if self.dependent_launches else ""
 
 
 def prepare_call(policy: Policy, modes: Sequence[Compiled]) -> None:
@@ -135,12 +156,12 @@ def one_step(call: DeviceCall) -> DeviceCall:
     return step
 
 
-def refuse_unknown(settings: dict[str, Any]) -> None:
-    """Raises ValueError for a setting that the Inductor of this PyTorch does not have."""
+def refuse_unknown(settings: dict[str, Any], where: str = "options.") -> None:
+    """Raises ValueError for a setting that the Inductor of this PyTorch does not have. where: in front of its name."""
     known = set(list_options())
     for name in settings:
         if name not in known:
-            raise ValueError(f"options.{name} is no setting of Inductor in torch {torch.__version__}")
+            raise ValueError(f"{where}{name} is no setting of Inductor in torch {torch.__version__}")
 
 
 class CompileClock:
