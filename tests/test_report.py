@@ -208,6 +208,15 @@ def test_the_machine_that_measured_last_answers():
     assert document.chapter(Study("toy"), sources.sorted_out([late, early]), ()).last.gpu == "Z"
 
 
+def test_a_few_points_of_a_later_machine_do_not_answer_for_all():
+    study = Study("toy", planned=({"stack": "2_sdpa"}, {"stack": "9_kernels"}))
+    whole = [fakes.made("toy", (f"stack={name}",), 10.0, prints=at("08")) for name in ("2_sdpa", "9_kernels")]
+    later = fakes.made("toy", ("stack=2_sdpa",), 10.0, prints=at("09") | {"gpu": "Z"})
+    made = document.chapter(study, sources.sorted_out([*whole, later]), ())
+    assert (made.last.gpu, made.last.lacks) == ("NVIDIA H200", 0)
+    assert [machine.lacks for machine in made.machines] == [0, 1]
+
+
 def test_equal_labels_are_told_apart():
     records = [fakes.made("toy", ("stack=2_sdpa", f"workload.horizon={n}"), 10.0 + n) for n in (10, 50)]
     one = Study("toy", report=fakes.configured(label=["stack"], facet=[]))

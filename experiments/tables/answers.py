@@ -35,7 +35,7 @@ def findings(names: str) -> str:
 
 
 def _told(chapter: Chapter) -> str:
-    """The newest answer, of which machine it is, and where all of it stands."""
+    """The answer, of which machine it is, and where all of it stands."""
     last = chapter.last
     assert last is not None
     link = f"[All of it](experiments/results/{chapter.study.name}/{last.slug}.md)"

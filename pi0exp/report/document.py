@@ -34,12 +34,16 @@ class Table:
 
 @dataclass(frozen=True)
 class Machine:
-    """A study on one GPU. slug: its folder. about: GPU, versions, days, commits. when: `measured_at` of the last."""
+    """A study on one GPU. slug: its folder. about: GPU, versions, days, commits. when: `measured_at` of the last.
+
+    lacks: so many points of the study were not measured there.
+    """
 
     slug: str
     gpu: str
     about: str
     when: str
+    lacks: int
     answer: str
     facets: tuple[Facet, ...]
     tables: tuple[Table, ...]
@@ -65,12 +69,12 @@ class Chapter:
 
     @property
     def last(self) -> Machine | None:
-        """The machine that measured last; of several of a day without a time the first."""
-        return max(self.machines, key=lambda machine: machine.when, default=None)
+        """The machine that lacks the fewest points; of several the one that measured last, and then the first."""
+        return max(self.machines, key=lambda machine: (-machine.lacks, machine.when), default=None)
 
     @property
     def answer(self) -> str:
-        """Of the machine that measured last."""
+        """Of the machine that speaks for the study."""
         return "" if self.last is None else self.last.answer
 
     @property
@@ -99,6 +103,7 @@ def machine(study: Study, slug: str, records: Sequence[Record]) -> Machine:
     found = facets(study, records)
     kept = [row.record for facet in found for row in facet.rows]
     prints = [record["fingerprint"] for record in kept]
+    absent = missing(study, kept)
     calls = sorted({row.calls for facet in found for row in facet.rows} - {0})
     about = f"{machine_line(prints)}; {_some(calls)} calls a point, one process each."
     return Machine(
@@ -106,7 +111,8 @@ def machine(study: Study, slug: str, records: Sequence[Record]) -> Machine:
         gpu=str(prints[0].get("gpu", slug)),
         about=about,
         when=max(map(measured_at, kept)),
-        answer=" ".join(filter(None, [answer(study.report, found), incomplete(missing(study, kept), study)])),
+        lacks=len(absent),
+        answer=" ".join(filter(None, [answer(study.report, found), incomplete(absent, study)])),
         facets=tuple(found),
         tables=(*(table(study, facet, cards(found)) for facet in found), *parts(found)),
         plots=tuple(plots(study.report, found)),

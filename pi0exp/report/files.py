@@ -36,7 +36,7 @@ def written(chapters: Sequence[Chapter], results: Path = RESULTS, docs: Path = D
 
 
 def picture(chapter: Chapter) -> str | None:
-    """All facets of one plot, of the machine that measured last, below each other; None where there is none."""
+    """All facets of one plot, of the machine that speaks for the study, below each other; None where there is none."""
     if chapter.study.name not in PICTURES or (last := chapter.last) is None:
         return None
     return stacked(last, pictures(chapter, last))
