@@ -35,19 +35,19 @@ class Row:
 
 def survey(machine: Machine) -> list[Row]:
     """A row for every option of every group, in the order of application, and then one for every named stack."""
-    return [*_options(machine), *_stacks(machine)]
+    with compose.session():  # one for all: what it composed of the options serves the stacks
+        return [*_options(machine), *_stacks(machine)]
 
 
 def _options(machine: Machine) -> Iterator[Row]:
-    with compose.session():
-        for group in config.GROUPS:
-            for name in compose.files()[group]:
-                try:
-                    option = config.option(group, compose.option_node(group, name))
-                    numerics, reasons = option.numerics.name, option.unmet(machine)
-                except UserError as error:  # its class cannot be imported here
-                    numerics, reasons = "", [str(error)]
-                yield Row(group, name, numerics, reasons, _plugin(group, name))
+    for group in config.GROUPS:
+        for name in compose.files()[group]:
+            try:
+                option = config.option(group, compose.option_node(group, name))
+                numerics, reasons = option.numerics.name, option.unmet(machine)
+            except UserError as error:  # its class cannot be imported here
+                numerics, reasons = "", [str(error)]
+            yield Row(group, name, numerics, reasons, _plugin(group, name))
 
 
 def _stacks(machine: Machine) -> Iterator[Row]:
