@@ -1,6 +1,7 @@
 """`observation_from_arrays` refuses what the model cannot take, by name, and knows the structure of what it can."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -173,3 +174,20 @@ def test_tensors_and_cameras_can_be_replaced() -> None:
     fewer = observation.only_cameras([CAMERAS[0], CAMERAS[2]])
     assert tuple(fewer.images) == (CAMERAS[0], CAMERAS[2])
     assert fewer.structure.full
+
+
+def test_what_is_not_checked_on_the_way_would_pass() -> None:
+    """Observations of arrays and those with less in them are made without the checks of `Observation`."""
+    given = arrays()
+    given["token_mask"][:, -2:] = False
+    given["image_masks"][CAMERAS[1]] = np.zeros(BATCH, bool)
+    whole = observe(given)
+    assert whole.structure.cameras[1] == (CAMERAS[1], "none")
+    fewer = whole.only_cameras([CAMERAS[0], CAMERAS[2]])
+    shorter = fewer.only_prompt(LENGTH - 2)
+    for made in (whole, fewer, shorter):
+        checked = Observation(**{field.name: getattr(made, field.name) for field in fields(Observation)})
+        assert checked.structure == made.structure
+    assert [len(made.structure.cameras) for made in (whole, fewer)] == [3, 2]
+    assert [made.structure.prompt_padded for made in (fewer, shorter)] == [LENGTH, LENGTH - 2]
+    assert shorter.structure.full

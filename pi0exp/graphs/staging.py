@@ -4,6 +4,7 @@ On a GPU its first kernel gathers the inputs (`pi0exp.kernels.gather`), from the
 host, from pinned memory. Elsewhere they are copied.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
@@ -31,8 +32,14 @@ class Packed:
 
     def fill(self, given: Sequence[Tensor]) -> None:
         """Copy tensors of these shapes into place one by one."""
-        for own, tensor in zip(self.tensors, given, strict=True):
-            own.copy_(tensor)
+        on_host = self.buffer.is_cpu
+        for own, tensor, size in zip(self.tensors, given, self.sizes, strict=True):
+            alike = tensor.dtype == own.dtype and tensor.shape == own.shape and tensor.is_contiguous()
+            if on_host and tensor.is_cpu and alike:
+                # PyTorch would share a picture among threads, and waking them takes longer than to copy it.
+                ctypes.memmove(own.data_ptr(), tensor.data_ptr(), size)
+            else:
+                own.copy_(tensor)
 
 
 class Addresses:
