@@ -1,8 +1,8 @@
 """A small interpreter for Gluon, which Triton has none for: the functions of a kernel run as Python, on torch tensors.
 
 It shows that a kernel computes the right values at the right places. Layouts are ignored, copies are there at once and
-barriers of all warps do nothing, so it does not show that programs wait where they must. Programs are
-threads that take turns only where they wait for one another.
+barriers of all warps do nothing, so it does not show that programs wait where they must. Programs, and parts of their
+warps, are threads that take turns only where they wait for one another.
 """
 
 import threading
@@ -132,6 +132,32 @@ def wait_for_phase(bar: Shared, phase: int) -> None:
     assert not _here.errors, "another program failed"
 
 
+def warp_specialize(parts: Sequence[tuple[Any, tuple[Any, ...]]], warps: Sequence[int], regs: Sequence[int]) -> Any:
+    """All but the first part in threads of their own; what the first returns."""
+    state, inference = dict(vars(_here)), torch.is_inference_mode_enabled()
+
+    def work(function: Any, given: tuple[Any, ...]) -> None:
+        vars(_here).update(state)
+        try:
+            with torch.inference_mode(inference):
+                function(*given)
+        except BaseException as error:
+            with _changed:
+                _here.errors.append(error)
+                _changed.notify_all()
+
+    threads = [threading.Thread(target=work, args=part, daemon=True) for part in parts[1:]]
+    for thread in threads:
+        thread.start()
+    function, given = parts[0]
+    made = function(*given)
+    for thread in threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), "a part of the warps has not ended"
+    assert not _here.errors, "a part of the warps failed"
+    return made
+
+
 def product(left: Any, right: Any, acc: Tensor, is_async: bool = False) -> Tensor:
     a, b = (one.tensor if isinstance(one, Shared) else one for one in (left, right))
     made: Tensor = acc + a.float() @ b.float()
@@ -162,6 +188,7 @@ LANGUAGE = SimpleNamespace(
     constexpr=triton.language.constexpr, SliceLayout=lambda dim, parent: None,
     arange=lambda begin, end, layout=None: torch.arange(begin, end),
     zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
+    full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
     reshape=lambda x, shape: x.reshape(shape), permute=lambda x, order: x.permute(*order),
     convert_layout=lambda x, layout, assert_trivial=False: x, split=lambda x: (x[..., 0], x[..., 1]),
     sum=lambda x, axis: x.sum(axis), max=lambda x, axis: x.amax(axis), where=either, cast=cast,
@@ -170,6 +197,7 @@ LANGUAGE = SimpleNamespace(
     exp2=elementwise(torch.exp2), rsqrt=elementwise(torch.rsqrt), load=load, store=store,
     atomic_add=atomic_add, program_id=lambda axis: _here.program, num_programs=lambda axis: _here.programs,
     allocate_shared_memory=lambda dtype, shape, layout: Shared(torch.zeros(shape, dtype=dtype)),
+    warp_specialize=warp_specialize,
 )  # fmt: skip
 MBARRIER = SimpleNamespace(
     init=lambda bar, count: None, expect=lambda bar, size, pred=True: None, wait=wait_for_phase, arrive=arrive,
@@ -190,7 +218,7 @@ class Launcher:
         self.function = function
 
     def __getitem__(self, grid: tuple[int]) -> Any:
-        def launch(num_warps: int, launch_cooperative_grid: bool, **arguments: Any) -> None:
+        def launch(num_warps: int, launch_cooperative_grid: bool = False, **arguments: Any) -> None:
             given = {
                 name: Pointer(value, value.storage_offset()) if name.endswith("_ptr") and value is not None else value
                 for name, value in arguments.items()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pi0exp.kernels import (
+    attention_halves,
     gemm_epilogue,
     meetings,
     ring,
@@ -38,7 +39,8 @@ def wrong(kernel: Kernel, case: contract.Case, op: Any) -> list[str]:
 
 
 def test_every_kernel_in_gluon_is_here():
-    assert {name for name, one in discover().items() if not one.interpretable} == {"stream_ring", "stream_wide"}
+    ours = {name for name, one in discover().items() if not one.interpretable}
+    assert ours == {"attend_halves", "stream_ring", "stream_wide"}
 
 
 SHARED = (gemm_epilogue, meetings, step_phases, stream_pack)
@@ -79,3 +81,27 @@ def test_all_layers_of_a_step(name: str, sizes: dict[str, Any], monkeypatch):
         return found
 
     assert wrong(kernel, made, op) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "keys and values in a larger cache",
+        "one block of keys",
+        "the first keys hidden",
+        pytest.param("prefill, middle camera absent", marks=pytest.mark.slow),
+    ],
+)
+def test_attention_in_two_halves(name: str, monkeypatch):
+    monkeypatch.setattr(attention_halves, "TensorDescriptor", SimpleNamespace(from_tensor=described))
+    [kernel] = attention_halves.KERNELS
+    [made] = [one for one in kernel.cases if one.name == name]
+
+    def op(*given: Any) -> Any:
+        with gluon_fake.interpreted(attention_halves, ring):
+            return kernel.op._init_fn(*given)
+
+    assert wrong(kernel, made, op) == []
+    q, k, v = (torch.zeros(2, 3, heads, 256, dtype=torch.bfloat16) for heads in (8, 1, 1))
+    with pytest.raises(ValueError, match="batch 2, 1 key/value heads of 256: it takes batch 1"):
+        op(q, k, v, None, False, 1.0)

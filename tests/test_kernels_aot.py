@@ -27,6 +27,7 @@ EVERY_DAY = {
     ("rms_norm", "prefill"): ("gfx942", "sm_90"),
     ("add_adarms_norm", "denoise"): ("gfx950",),
     ("add_rms_norm", "denoise, dependent"): ("sm_90",),
+    ("attend_halves", "hidden keys, dependent"): ("sm_90",),
     ("attend_split", "attend, denoise, dependent"): ("sm_90",),
     ("add_layer_norm", "vision"): ("gfx942",),
     ("gather", "bytes"): ("gfx942", "sm_90"),

@@ -6,24 +6,60 @@ Shapes: B batch, T query tokens, S key tokens, N query heads, K key/value heads,
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from pi0exp.errors import UnsupportedError
+from pi0exp.machine import Machine
 from pi0exp.model.layers import Attention
 from pi0exp.model.mask import Mask
-from pi0exp.option import ANY_GPU, Numerics, StagedOption
+from pi0exp.option import ANY_GPU, Numerics, Requires, StagedOption
 from pi0exp.policy import Policy
+from pi0exp.precision.option import PrecisionOption
+
+if TYPE_CHECKING:
+    from pi0exp.config import Stack
+
+HOPPER = Requires(vendors=("nvidia",), archs=("sm_90",))
+HEAD_DIM = 256
+"""Of Gemma's heads, for which `attend_halves` is made."""
 
 
 @dataclass(frozen=True)
 class TritonAttention(StagedOption):
-    """`attend_dense` for the many rows of vision and prefill, `attend_split` for the few of a denoising step."""
+    """`attend_dense` for the many rows of vision and prefill, `attend_split` for the few of a denoising step.
+
+    warp_groups: of a program in the prefill of one observation; 2 is `attend_halves`, in which each has every second
+        block of keys. Written for Hopper; no GPU has run it yet.
+    """
 
     requires = ANY_GPU
     numerics = Numerics.REORDERED
 
+    warp_groups: int = 1
+
+    def __post_init__(self) -> None:
+        if self.warp_groups not in (1, 2):
+            raise ValueError(f"warp_groups is {self.warp_groups}; it must be 1 or 2")
+
     def proof(self) -> str:
-        return "attend_kernel"  # both ops launch it
+        return "attend_kernel" if self.warp_groups == 1 else "attend_halves_kernel"  # all other ops launch the first
+
+    def unmet(self, machine: Machine) -> list[str]:
+        hopper = HOPPER.unmet(machine) if self.warp_groups == 2 else []
+        return super().unmet(machine) or [f"warp_groups=2 {reason}" for reason in hopper]
+
+    def clashes(self, stack: "Stack") -> list[str]:
+        if self.warp_groups == 1:
+            return []
+        reasons = []
+        if stack.attention.at("prefill") is not self:
+            reasons.append("warp_groups=2 is the prefill's: set it for that stage")
+        if isinstance(stack.precision, PrecisionOption) and stack.precision.model.activations != torch.bfloat16:
+            reasons.append("warp_groups=2 is for bf16; this precision has none")
+        return reasons
 
     def apply_to(self, policy: Policy, stages: tuple[str, ...]) -> None:
         # Triton is there on Linux only; elsewhere the option must still be known, to be refused with its reason.
@@ -32,7 +68,27 @@ class TritonAttention(StagedOption):
 
         for stage in stages:
             op, name = (attend_split, "attend_split") if stage == "denoise" else (attend_dense, "attend_dense")
+            if stage == "prefill" and self.warp_groups == 2:
+                config = policy.model.config
+                if (config.num_kv_heads, config.head_dim) != (1, HEAD_DIM):
+                    raise UnsupportedError(
+                        f"attention.warp_groups=2 is for one key/value head of {HEAD_DIM};"
+                        f" this model has {config.num_kv_heads} of {config.head_dim}"
+                    )
+                op, name = attend_by_batch, "attend_halves of one observation, attend_dense of more"
             policy.fill(Attention, "attend", partial(triton_attend, op=op), (stage,), f"Triton {name}")
+
+
+def attend_by_batch(
+    q_BTNH: Tensor, k_BSKH: Tensor, v_BSKH: Tensor, keys_BS: Tensor | None, blind: bool, scale: float
+) -> Tensor:
+    """[B, T, N, H], by the kernel that is for such a batch."""
+    from pi0exp.kernels.attention_dense import attend_dense
+    from pi0exp.kernels.attention_halves import attend_halves
+
+    op = attend_halves if q_BTNH.shape[0] == 1 else attend_dense
+    mixed_BTNH: Tensor = op(q_BTNH.contiguous(), k_BSKH, v_BSKH, keys_BS, blind, scale)
+    return mixed_BTNH
 
 
 def triton_attend(
