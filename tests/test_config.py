@@ -32,7 +32,7 @@ EXPECTED = {
     "gemm_efficiency": 16,
     "graph_capture": 6,
     "graph_granularity": 10,
-    "kernels": 24,
+    "kernels": 25,
     "ladder": 32,
     "ladder_layers": 5,
     "masking": 9,

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from pi0exp import build, config
 from pi0exp.fusion import vision
+from pi0exp.kernels import patch_embed
 from pi0exp.machine import Machine
 from pi0exp.model.observation import scaled
 from pi0exp.model.precision import FP32, FP32_TRUTH
@@ -41,6 +42,45 @@ def test_actions_are_the_same_with_patches_as_a_product():
             vision.patches_as_product(policy)
         actions.append(policy.sample_actions(given, noise_for(policy, given)))
     assert max(rel_l2(actions[1], actions[0])) <= FP32_LIMIT
+
+
+@pytest.mark.parametrize("bytes_", [True, False], ids=["bytes", "scaled"])
+def test_patches_by_the_kernel_are_those_of_the_convolution(bytes_: bool, monkeypatch: pytest.MonkeyPatch):
+    """Here its reference is in the kernel's place; scaled pictures never come to it."""
+    asked = []
+
+    def reference(image: torch.Tensor, *rest: Any) -> torch.Tensor:
+        assert image.is_contiguous()
+        asked.append(len(image))
+        return patch_embed.patch_embed_reference(image, *rest)
+
+    monkeypatch.setattr(patch_embed, "patch_embed", reference)
+    policy = tiny_policy(precision=FP32)
+    tower = policy.model.vision
+    size = policy.model.config.vision.image_size
+    pictures = torch.randint(0, 256, (3, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    given = pictures[::2] if bytes_ else scaled(pictures[::2])
+    policy.begin("fusion")
+    vision.patches_by_kernel(policy)
+    found = tower.embed_patches(tower, given)
+    assert asked == ([2] if bytes_ else [])
+    torch.testing.assert_close(found, plain_patches(tower, given), rtol=2e-6, atol=2e-6)
+    assert found.is_contiguous()
+
+
+def test_the_kernel_of_patches_stands_behind_the_product(monkeypatch: pytest.MonkeyPatch):
+    """Applied after the rewrite, it takes the bytes and leaves the rest to it."""
+    stack = config.stack(plain_config("fusion.patches=true", "fusion.rewrites.patch_product=true"))
+    assert build.proofs(stack) == [("fusion", "patch_embed")]
+    assert build.unmet(stack, H200) == build.unmet(stack, MI300) == []
+    (reason,) = build.unmet(stack, Machine(gpu="CPU", vendor="cpu", arch=""))
+    assert reason.endswith("(for patches)")
+    policy = tiny_policy(precision=FP32)
+    policy.begin("fusion")
+    stack.fusion.apply(policy)
+    slot = policy.model.vision.embed_patches
+    assert slot.func is vision.patch_kernel
+    assert slot.keywords["others"].func is vision.patch_product
 
 
 CUBLASLT = "fusion: gelu_epilogue is cuBLASLt's: gemm.vision must be blas or cublaslt, with addmm_lt, or lt_tuned"

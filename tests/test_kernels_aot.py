@@ -34,6 +34,8 @@ EVERY_DAY = {
     ("gated_activation", "denoise"): ("gfx950",),
     ("rope_qkv_cached", "denoise"): ("gfx942", "sm_90"),
     ("gemm", "bias + residual + scale"): ("gfx950",),
+    ("patch_embed", "pictures, dependent"): ("sm_90",),
+    ("patch_embed", "pictures, small tiles"): ("gfx942",),
     ("skinny_gemm", "groups, held"): ("gfx950",),
     ("stream_attention", "10 actions, dependent launch"): ("sm_90",),
     ("stream_embed", "second, dependent"): ("sm_90",),

@@ -35,7 +35,8 @@ class Fusion(Option):
     weights are kept a second time, in the order of its reads). ring: with persistent, those weights flow through a ring
     in shared memory, ahead of the phases and across their meetings (bf16). wide: with ring, so do those of a step of 17
     to 64 rows, a horizon of 50, in a kernel of its own. gelu_epilogue: vision's first product, its
-    bias and GELU in one launch of cuBLASLt.
+    bias and GELU in one launch of cuBLASLt. patches: bytes of pictures become tokens in one Triton kernel; no GPU has
+    run it yet.
     """
 
     qkv: bool = False
@@ -48,6 +49,7 @@ class Fusion(Option):
     ring: bool = False
     wide: bool = False
     gelu_epilogue: bool = False
+    patches: bool = False
     rewrites: Rewrites = field(default_factory=Rewrites)
 
     @property
@@ -103,5 +105,7 @@ class Fusion(Option):
             kernels.fill_rope(policy)
         if self.gelu_epilogue:
             vision.gelu_epilogue(policy)
+        if self.patches:
+            vision.patches_by_kernel(policy)
         if self.blocks:
             blocks.fill_blocks(policy, self)

@@ -18,6 +18,7 @@ SWITCHES = {
     "norms": r"rms_norm",
     "activation": r"gated_activation",
     "rope": r"rope_qkv",
+    "patches": r"patch_embed",
     "blocks": r"stream_(qkv|layers|ring|wide)|attend_combine",  # the last with more rows than a stream takes
 }
 """Switch of `Fusion` -> what the names of its kernels contain."""

@@ -1,8 +1,10 @@
-"""Two parts of the vision tower in fewer launches: patches as a matrix product, and GELU in a product's epilogue.
+"""Parts of the vision tower in fewer launches: patches as a matrix product or in one kernel, and GELU in a product's
+epilogue.
 
 Shapes: B pictures, H, W their sides, S patches along a side, P patches, D width, F hidden width.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pi0exp.model.observation import scaled_values
-from pi0exp.model.siglip import Siglip, VisionMlp
+from pi0exp.model.siglip import Siglip, VisionMlp, placed
 from pi0exp.policy import Policy
 
 if TYPE_CHECKING:
@@ -25,15 +27,44 @@ PROOF = r"(?i)gelu_?bias"
 def patches_as_product(policy: Policy) -> None:
     """The slot `Siglip.embed_patches`: every patch a row, by one product in the convolution's own dtype."""
     vision = policy.model.vision
-    weight_DK = vision.patch.weight.permute(0, 2, 3, 1).flatten(1).contiguous()
-    vision.embed_patches = partial(patch_product, weight_DK=weight_DK)
+    vision.embed_patches = partial(patch_product, weight_DK=_by_patch(vision))
     policy.note("vision: the patch embedding is a matrix product")
+
+
+def patches_by_kernel(policy: Policy) -> None:
+    """The same slot: pictures of bytes by one Triton kernel, scaled ones as without it."""
+    from pi0exp.kernels.patch_embed import prepare
+
+    vision = policy.model.vision
+    assert vision.patch.bias is not None
+    parts_3KD, rest_PD = prepare(_by_patch(vision), vision.patch.bias, vision.position)
+    others = vision.embed_patches
+    vision.embed_patches = partial(patch_kernel, parts_3KD=parts_3KD, rest_PD=rest_PD, others=others)
+    policy.note("vision: patches and positions of bytes -> Triton patch_embed")
+
+
+def patch_kernel(
+    vision: Siglip, image: Tensor, parts_3KD: Tensor, rest_PD: Tensor, others: Callable[[Siglip, Tensor], Tensor]
+) -> Tensor:
+    """[B, P, D]; see `kernels/patch_embed.py`. others: what embeds pictures that are scaled already."""
+    from pi0exp.kernels.patch_embed import patch_embed
+
+    if image.dtype != torch.uint8:
+        return others(vision, image)
+    size = vision.patch.kernel_size[0]
+    placed_BPD: Tensor = patch_embed(image.contiguous(), parts_3KD, rest_PD, size, vision.norm.weight)
+    return placed_BPD
+
+
+def _by_patch(vision: Siglip) -> Tensor:
+    """The weight of the convolution [D, K], in the order of a patch's values: row, column, colour."""
+    return vision.patch.weight.permute(0, 2, 3, 1).flatten(1).contiguous()
 
 
 def patch_product(vision: Siglip, image: Tensor, weight_DK: Tensor) -> Tensor:
     """[B, P, D] of pictures as an observation has them: bytes [B, H, W, 3], or [B, 3, H, W] from -1 to 1.
 
-    weight: of the convolution, in the order of a patch's values: row, column, colour.
+    weight: of `_by_patch`.
     """
     size = vision.patch.kernel_size[0]
     side = image.shape[2] // size
@@ -43,7 +74,7 @@ def patch_product(vision: Siglip, image: Tensor, weight_DK: Tensor) -> Tensor:
     else:
         values = image.reshape(-1, 3, side, size, side, size).permute(0, 2, 4, 3, 5, 1)
     patches_BPK = values.to(weight_DK.dtype).reshape(image.shape[0], side * side, -1)
-    return F.linear(patches_BPK, weight_DK, vision.patch.bias)
+    return placed(vision, F.linear(patches_BPK, weight_DK, vision.patch.bias))
 
 
 def clashes(stack: "Stack") -> list[str]:

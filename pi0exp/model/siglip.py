@@ -84,15 +84,23 @@ class VisionBlock(nn.Module):
 
 
 def plain_patches(vision: "Siglip", image: Tensor) -> Tensor:
-    """A convolution without overlap, [B, P, D]."""
-    patches: Tensor = vision.patch(scaled(image).to(vision.patch.weight.dtype)).flatten(2).transpose(1, 2)
-    return patches
+    """A convolution without overlap, and positions: [B, P, D]."""
+    return placed(vision, vision.patch(scaled(image).to(vision.patch.weight.dtype)).flatten(2).transpose(1, 2))
+
+
+def placed(vision: "Siglip", patches_BPD: Tensor) -> Tensor:
+    """With positions and in the activations' dtype.
+
+    The patches come out of the convolution channel by channel; row by row, or every layer would keep that layout.
+    """
+    placed_BPD: Tensor = (patches_BPD + vision.position).to(vision.norm.weight.dtype).contiguous()
+    return placed_BPD
 
 
 class Siglip(nn.Module):
     """Pictures to prefix tokens: patches, blocks, final norm, projection to paligemma's width.
 
-    Slot `embed_patches`: (vision, pictures as an observation has them) -> [B, P, D], without positions.
+    Slot `embed_patches`: (vision, pictures as an observation has them) -> tokens with positions, [B, P, D].
     """
 
     embed_patches: Callable[["Siglip", Tensor], Tensor] = staticmethod(plain_patches)
@@ -107,9 +115,7 @@ class Siglip(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Pictures as an observation has them -> [B, P, out_width] in the activations' dtype, patches row by row."""
-        x_BPD = self.embed_patches(self, image) + self.position
-        # The patches come out of the convolution channel by channel; without this every layer would keep that layout.
-        x_BPD = x_BPD.to(self.norm.weight.dtype).contiguous()
+        x_BPD = self.embed_patches(self, image)
         branch: Branch | None = None
         for block in self.blocks:
             x_BPD, branch = block(x_BPD, branch)
