@@ -5,7 +5,9 @@ before the second begins to start. A dependent launch (programmatic dependent la
 as the one in front has said `gdc_launch_dependents` in all of its programs, or ended; `gdc_wait` then returns when all
 that it wrote can be read. So a kernel that was launched so waits before it reads or writes what another kernel may
 write or read; parameters alone, which no kernel of a call writes, may be read before. Every program must wait, for only
-so does its own end mean that all in front of it have ended.
+so does its own end mean that all in front of it have ended. And where one says `gdc_launch_dependents` only behind its
+own `gdc_wait`, as a step's first kernel does (`stream_embed`), all that was in front of it has ended for whatever
+starts behind it, which may read that before it waits itself.
 """
 
 from dataclasses import replace

@@ -49,8 +49,6 @@ def stream_embed_kernel(
     K: tl.constexpr, BLOCK: tl.constexpr, BN: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """BN columns of ROWS rows: x w^T + bias or, with a time, silu(x w^T + bias + time). Grid (N / BN, M / ROWS)."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     k = tl.arange(0, BLOCK)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     w = tl.load(weight_ptr + n[:, None] * K + k[None, :], mask=(n < N)[:, None] & (k < K)[None, :], other=0.0)
@@ -58,7 +56,9 @@ def stream_embed_kernel(
     if time_ptr is not None:
         more += tl.load(time_ptr + n, mask=n < N, other=0.0)
     if PDL:
+        # In this order: what starts behind a step's first launch finds the prefill ended, and may read its keys.
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     first = tl.program_id(1) * ROWS
     rows = ()  # type: Any
     for i in tl.static_range(ROWS):  # all of them under way before the first is needed

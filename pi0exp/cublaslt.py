@@ -9,6 +9,7 @@ Shapes: M rows, K of them multiplied, N columns of the result.
 """
 
 import ctypes
+import weakref
 from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint16, c_uint32, c_uint64, c_void_p
 from dataclasses import astuple, dataclass, fields
 from functools import cache
@@ -111,6 +112,7 @@ class Problem:
         # To cuBLASLt, for which columns are contiguous, this is w^T x = out^T.
         w, x, out = _layout(K, N), _layout(K, M), _layout(N, M)
         self._layouts = (w, x, out, out)
+        weakref.finalize(self, _destroy, self._product, (w, x, out)).atexit = False
 
     def _set(self, attribute: int, value: Any) -> None:
         call("MatmulDescSetAttribute", self._product, attribute, byref(value), c_size_t(ctypes.sizeof(value)))
@@ -119,12 +121,15 @@ class Problem:
         """What the heuristics suggest, at most `count`, the one that they think best first."""
         preference, limit = c_void_p(), c_uint64(WORKSPACE)
         call("MatmulPreferenceCreate", byref(preference))
-        call("MatmulPreferenceSetAttribute", preference, _MAX_WORKSPACE, byref(limit), c_size_t(8))
         found, number = (_Suggestion * count)(), c_int()
-        call(
-            "MatmulAlgoGetHeuristic", handle(), self._product, *self._layouts, preference, count, found, byref(number)
-        )  # fmt: skip
-        call("MatmulPreferenceDestroy", preference)
+        try:
+            call("MatmulPreferenceSetAttribute", preference, _MAX_WORKSPACE, byref(limit), c_size_t(8))
+            call(
+                "MatmulAlgoGetHeuristic", handle(), self._product, *self._layouts, preference, count, found,
+                byref(number),
+            )  # fmt: skip
+        finally:
+            call("MatmulPreferenceDestroy", preference)
         return [_read(one.algo) for one in found[: number.value] if not one.state]
 
     def product(self, algorithm: Algorithm) -> "Product":
@@ -162,6 +167,13 @@ class Product:
             c_void_p(out.data_ptr()), out_layout, byref(self._choice), c_void_p(workspace.data_ptr()),
             c_size_t(WORKSPACE), c_void_p(torch.cuda.current_stream(out.device).cuda_stream),
         )  # fmt: skip
+
+
+def _destroy(product: c_void_p, layouts: tuple[c_void_p, ...]) -> None:
+    """What cuBLASLt keeps of a problem on the host."""
+    call("MatmulDescDestroy", product)
+    for layout in layouts:
+        call("MatrixLayoutDestroy", layout)
 
 
 def _layout(rows: int, columns: int) -> c_void_p:

@@ -197,12 +197,15 @@ class PolicySubject:
         )
         failures = [*done.failures, *self.from_host(policy, given, done.found)]
         verdict = judge(done.found, exact_failures=failures)
+
+        def again() -> Verdict:
+            found = run(policy, checks)
+            return judge(found, exact_failures=self.from_host(policy, given, found))
+
         made = self.inputs(inputs)
         facts = made.facts | {"weights": "random" if self.checkpoint is None else "checkpoint", "truth": of_truth}
         resident = self.on_device(made.items, device)
-        return PolicyInstance(
-            self, policy, verdict, startup_s, facts, made.items, resident, lambda: judge(run(policy, checks))
-        )
+        return PolicyInstance(self, policy, verdict, startup_s, facts, made.items, resident, again)
 
     def from_host(self, policy: Policy, given: Sequence[HostInput], found: Sequence[Tensor]) -> list[str]:
         """How the way of its own that a stack has from host to host changes the actions; [] without one, and if not."""

@@ -219,7 +219,7 @@ CLASHES = [
     (["compile_mode=default"], [f"{ALONE} compile_mode.denoise must be none"]),
     (["precision=fp8"], [f"{ALONE} precision=fp8 must keep denoise in bf16 (precision.keep=[denoise])"]),
     (["precision=fp8", "precision.keep=[denoise]"], []),
-    (["image_masking=ignore"], []),
+    (["image_masking=ignore", "fusion.rewrites.hoist_state=false", "fusion.rewrites.trim_prompt=false"], []),
     (["fusion.persistent=true"], []),
     (["fusion.persistent=true", "fusion.blocks=false"], ["fusion: persistent needs fusion.blocks"]),
     (["fusion.persistent=true", "fusion.ring=true"], []),

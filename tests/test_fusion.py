@@ -11,13 +11,15 @@ import torch
 from helpers import built, noise_for, plain_config, subject_of, tiny_observation, tiny_policy
 from torch import Tensor
 
-from pi0exp import config
+from pi0exp import build, config
 from pi0exp.errors import UserError
 from pi0exp.fusion import steps
 from pi0exp.fusion.fusion import Fusion
 from pi0exp.fusion.keys_only import KeysOnly, NoNorm
 from pi0exp.fusion.rewrites import Rewrites
+from pi0exp.image_masking.ignore import Ignore, Steps
 from pi0exp.kernels import rope_qkv
+from pi0exp.machine import Machine
 from pi0exp.model.gemma import GemmaAttention, Rotation
 from pi0exp.model.layers import AdaRMSNorm, Linear
 from pi0exp.model.pi0 import Context
@@ -297,3 +299,37 @@ def test_swapped_keys_and_values_are_found():
 def test_fusion_is_frozen_like_every_option():
     with pytest.raises(AttributeError):
         replace(Fusion(), qkv=True).qkv = False  # type: ignore[misc]
+
+
+# ---- beside masks that are dropped
+
+OF_MASKS = {
+    "hoist_state": "that the state token sees no actions",
+    "trim_prompt": "that nobody sees padding",
+}
+"""Rewrites that rest on a mask -> what they take it."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_rests_on_a_mask_is_refused_where_masks_are_dropped(name: str):
+    stack = config.stack(plain_config("image_masking=ignore", f"fusion.rewrites.{name}=true"))
+    reasons = build.unmet(stack, Machine(gpu="NVIDIA H200", vendor="nvidia", arch="sm_90"))
+    told = (
+        f"fusion: rewrites.{name} takes it {OF_MASKS.get(name)}; image_masking=ignore drops the masks that make it so"
+    )
+    assert reasons == ([told] if name in OF_MASKS else [])
+
+
+@pytest.mark.parametrize("steps", list(Steps))
+@pytest.mark.parametrize("name", NAMES)
+def test_rewrites_where_masks_are_dropped(name: str, steps: Steps):
+    """All others compute what dropping the masks alone computes; those that rest on them do not, which is why."""
+    alone, both = tiny_policy(), tiny_policy()
+    for policy, rewrites in ((alone, Rewrites()), (both, Rewrites(**{name: True}))):
+        policy.begin("image_masking")
+        Ignore(steps=steps).apply(policy)
+        policy.begin("fusion")
+        with torch.no_grad():
+            Fusion(rewrites=rewrites).apply(policy)
+    found = distance(both, alone)
+    assert found > 1e-2 if name in OF_MASKS else found <= FLOAT32

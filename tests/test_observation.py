@@ -86,7 +86,7 @@ def nothing_to_see_or_read(given: dict[str, Any]) -> None:
 
 
 def state_with(value: float) -> np.ndarray:
-    state = np.zeros((BATCH, CONFIG.action_dim), np.float32)
+    state = np.zeros((BATCH, CONFIG.action_dim))
     state[1, 3] = value
     return state
 
@@ -113,6 +113,7 @@ HOLE = np.array([[True, False, True, True, True]] * BATCH)
         (change("state", np.zeros((0, 32))), "no rows"),
         (change("state", state_with(float("nan"))), r"state\[1, 3\] is nan"),
         (change("state", state_with(float("inf"))), r"state\[1, 3\] is inf"),
+        (change("state", state_with(1e39)), r"state\[1, 3\] is 1e\+39; the state must be finite in float32"),
         (change("state", [0.0] * 32), "state is a list"),
         (change("tokens", np.full((BATCH, LENGTH), CONFIG.vocab_size)), "token 512 is outside of the vocabulary"),
         (change("tokens", np.full((BATCH, LENGTH), -1)), "token -1 is outside of the vocabulary"),
@@ -191,3 +192,18 @@ def test_what_is_not_checked_on_the_way_would_pass() -> None:
     assert [len(made.structure.cameras) for made in (whole, fewer)] == [3, 2]
     assert [made.structure.prompt_padded for made in (fewer, shorter)] == [LENGTH, LENGTH - 2]
     assert shorter.structure.full
+
+
+def test_arrays_of_any_order_of_bytes_and_steps_are_taken() -> None:
+    """A batch of one may be stepped through backwards, which numpy calls contiguous and PyTorch does not take."""
+    given = {
+        name: {camera: one[:1] for camera, one in value.items()} if isinstance(value, dict) else value[:1]
+        for name, value in arrays().items()
+    }
+    odd = dict(given)
+    odd["images"] = {name: image[::-1] for name, image in given["images"].items()}
+    odd["tokens"] = given["tokens"].astype(">i4")[::-1]
+    odd["state"] = given["state"].astype(">f8")[::-1]
+    assert odd["tokens"].strides[0] < 0
+    for one, other in zip(observe(odd).tensors(), observe(given).tensors(), strict=True):
+        assert torch.equal(one, other)

@@ -146,6 +146,32 @@ def test_an_error_of_the_device_ends_the_waiting(kernel: Kernel, monkeypatch: py
         addresses.write(SOME)
 
 
+def test_inputs_of_a_replay_that_never_came_are_not_waited_for(kernel: Kernel, monkeypatch: pytest.MonkeyPatch):
+    """It failed, or was interrupted, before its launch; what was launched is ended first."""
+    inputs, events = Packed(SOME, torch.device("cpu")), []
+    stream = SimpleNamespace(synchronize=lambda: events.append("synchronized"), query=lambda: events.append("asked"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    addresses = Addresses(inputs)
+    for _ in range(2):
+        addresses.write(SOME)
+        addresses.gather()
+    addresses.write(SOME)
+
+    recording = StagedRecording.__new__(StagedRecording)
+    recording._inputs, recording._addresses = inputs, addresses
+    recording.graph = SimpleNamespace(replay=pytest.fail)
+    monkeypatch.setattr(addresses, "wait", lambda: None)  # for the one above, which was not launched either
+    with pytest.raises(pytest.fail.Exception):
+        recording.replay(SOME)
+    monkeypatch.undo()
+    assert events == ["synchronized"]
+    monkeypatch.setattr("pi0exp.kernels.gather.gather", kernel)
+    addresses.write(SOME)
+    addresses.gather()
+    addresses.wait()
+    assert int(addresses._host_mail[1]) == addresses._sent == 3
+
+
 @pytest.mark.usefixtures("pretended")
 def test_a_wrong_call_from_the_host_is_found(monkeypatch: pytest.MonkeyPatch):
     subject = subject_of("model=tiny", "graphs=manual")

@@ -86,7 +86,7 @@ class Fusion(Option):
             return ["ring needs fusion.persistent"]
         if self.wide and not self.ring:
             return ["wide needs fusion.ring"]
-        reasons = vision.clashes(stack) if self.gelu_epilogue else []
+        reasons = self.rewrites.clashes(stack) + (vision.clashes(stack) if self.gelu_epilogue else [])
         return reasons + (blocks.clashes(self, stack) if self.blocks else [])
 
     def apply(self, policy: Policy) -> None:

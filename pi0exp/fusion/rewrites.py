@@ -1,10 +1,12 @@
 """Exact rewrites: the same function of the observation with less work. All but the skipping of absent cameras, which is
 `image_masking=skip`.
 
-None of them changes the function in exact arithmetic; where operations come in another order, roundings differ.
+None of them changes the function in exact arithmetic, of the masks that the original has; where operations come in
+another order, roundings differ.
 """
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 from torch import Tensor, cat
 
@@ -14,6 +16,9 @@ from pi0exp.model.gemma import GemmaBlock
 from pi0exp.model.observation import Observation
 from pi0exp.model.pi0 import Pi0
 from pi0exp.policy import Policy
+
+if TYPE_CHECKING:
+    from pi0exp.config import Stack
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,22 @@ class Rewrites:
 
     def chosen(self) -> list[str]:
         return [one.name for one in fields(self) if getattr(self, one.name)]
+
+    def clashes(self, stack: "Stack") -> list[str]:
+        """Why they are no rewrites of what the stack computes: two of them rest on the masks of the original."""
+        from pi0exp.image_masking.ignore import Ignore
+
+        if not isinstance(stack.image_masking, Ignore):
+            return []
+        rests = {
+            "hoist_state": "that the state token sees no actions",
+            "trim_prompt": "that nobody sees padding",
+        }
+        return [
+            f"rewrites.{name} takes it {what}; image_masking=ignore drops the masks that make it so"
+            for name, what in rests.items()
+            if getattr(self, name)
+        ]
 
     def apply(self, policy: Policy, queries_in_room: bool) -> None:
         """In an order in which none needs what another has taken away. queries_in_room: see `steps.give_room`."""

@@ -197,21 +197,25 @@ def state_in_cache(model: Pi0, context: Context) -> Context:
 
 
 class RopeTable(Rope):
-    """`Rope` by tables of `dtype`, made once: cosines and sines [P, H] of the positions 0 to P - 1."""
+    """`Rope` by tables of `dtype`, made once: cosines and sines [P + 1, H] of the positions 0 to P - 1, and of -1.
+
+    That is where a masked token stands before the first real one; an index of -1 is the last row.
+    """
 
     cos_PH: Tensor
     sin_PH: Tensor
 
     def __init__(self, rope: Rope, dtype: torch.dtype):
         nn.Module.__init__(self)
-        positions_1P = torch.arange(POSITIONS, device=rope.inv_freq.device)[None]
+        positions_1P = torch.arange(POSITIONS + 1, device=rope.inv_freq.device)[None]
+        positions_1P[0, -1] = -1
         cos_1P1H, sin_1P1H = rope(positions_1P, dtype)
         self.register_buffer("inv_freq", rope.inv_freq, persistent=False)
         self.register_buffer("cos_PH", cos_1P1H[0, :, 0].contiguous(), persistent=False)
         self.register_buffer("sin_PH", sin_1P1H[0, :, 0].contiguous(), persistent=False)
 
     def forward(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """As `Rope.forward`. Position -1, of a masked token before the first real one, gets the last row: unread."""
+        """As `Rope.forward`."""
         assert dtype == self.cos_PH.dtype
         return self.cos_PH[positions_BT][:, :, None], self.sin_PH[positions_BT][:, :, None]
 

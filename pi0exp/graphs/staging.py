@@ -74,6 +74,11 @@ class Addresses:
         self._host_mail[0] = self._sent
         self._given = formed
 
+    def start_over(self) -> None:
+        """After a replay that may not have been launched: what was gathered counts, nobody reads the rest any more."""
+        torch.cuda.current_stream(self._inputs.buffer.device).synchronize()
+        self._sent = int(self._host_mail[1])
+
     def wait(self) -> None:
         """Until the inputs of all replays have been gathered. Raises whatever error the device is in."""
         while self._host_mail[1] != self._sent:
@@ -121,8 +126,13 @@ class StagedRecording:
             self._inputs.fill(given)
 
     def replay(self, given: Sequence[Tensor]) -> None:
-        self._point_to(given)
-        self.graph.replay()
+        try:
+            self._point_to(given)
+            self.graph.replay()
+        except BaseException:  # also Ctrl-C: the next call would wait for a replay that never came
+            if self._addresses is not None:
+                self._addresses.start_over()
+            raise
 
     def replay_from_host(self, given: Sequence[Tensor]) -> Tensor:
         """The output on the host, for tensors on the host."""

@@ -209,9 +209,11 @@ def observation_from_arrays(
         raise UserError(
             f"observation state is {state.dtype} {list(state.shape)}; wanted floating [batch, {config.action_dim}]"
         )
-    if not np.isfinite(state).all():
-        row, dim = np.argwhere(~np.isfinite(state))[0]
-        raise UserError(f"observation state[{row}, {dim}] is {state[row, dim]}; the state must be finite")
+    with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, which is told
+        narrow = state.astype(np.float32)
+    if not np.isfinite(narrow).all():
+        row, dim = np.argwhere(~np.isfinite(narrow))[0]
+        raise UserError(f"observation state[{row}, {dim}] is {state[row, dim]}; the state must be finite in float32")
     batch = state.shape[0]
     if batch < 1:
         raise UserError("observation state has no rows; a batch has 1 or more")
@@ -252,14 +254,17 @@ def observation_from_arrays(
     on_host = torch.device(device).type == "cpu"
 
     def put(array: np.ndarray, dtype: torch.dtype) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        array = np.ascontiguousarray(array)
+        if any(stride < 0 for stride in array.strides):  # of an axis of one, which numpy calls contiguous
+            array = array.copy()
+        tensor = torch.from_numpy(array)
         return tensor if on_host and tensor.dtype == dtype else tensor.to(device, dtype)
 
     made = Observation.of_fitting(
         images={name: put(images[name], torch.uint8) for name in CAMERAS},
         camera_masks={name: put(mask, torch.bool) for name, mask in present.items()},
-        state_BA=put(state.astype(np.float32), torch.float32),
-        prompt_BL=put(tokens, torch.int64),
+        state_BA=put(narrow, torch.float32),
+        prompt_BL=put(tokens.astype(np.int64, copy=False), torch.int64),
         prompt_mask_BL=put(token_mask, torch.bool),
         cameras_present={name: tuple(mask.tolist()) for name, mask in present.items()},
         prompt_lengths=tuple(token_mask.sum(axis=1).tolist()),
