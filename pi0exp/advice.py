@@ -34,16 +34,28 @@ def _missing(key: str, chosen: list[str], groups: list[str]) -> str:
     if first not in groups:
         return f"{key}: {_instead(first, groups, 'group or setting')}"
     try:
-        node: Any = compose.from_words(chosen).get(first)
+        made = compose.from_words(chosen)
     except UserError:
         return ""
+    if first not in made and first in compose.files()["study"]:
+        return f"{key}: only study={first} has this setting"
+    node: Any = made.get(first)
     for part in others:
         if not isinstance(node, dict):
             return ""
+        if part not in node and "_target_" in node and (having := _having(first, part)):
+            name = made["names"][first]
+            return f"{key}: {first}={name} has no setting {part}; it is one of {first}={', '.join(having)}"
         if part not in node:
             return f"{key}: {_instead(part, [name for name in node if not name.startswith('_')], 'setting')}"
         node = node[part]
     return ""
+
+
+def _having(group: str, setting: str) -> list[str]:
+    """The options of a group that have this setting."""
+    with compose.session():
+        return [name for name in compose.files()[group] if setting in compose.option_node(group, name)]
 
 
 def _instead(word: str, names: list[str], kind: str) -> str:

@@ -14,6 +14,7 @@ from pi0exp.option import STAGES, Option, StagedOption
 from pi0exp.workload import Workload
 
 T = TypeVar("T")
+_NO_LIST = "Invalid value assigned: AnyNode is not a ListConfig, list or tuple"
 
 
 class Device(StrEnum):
@@ -191,7 +192,8 @@ def typed(cls: type[T], values: dict[str, Any], where: str) -> T:
         result: T = OmegaConf.to_object(OmegaConf.merge(_schema(cls), values))  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         key = ".".join(filter(None, [where, str(error.full_key or "")]))
-        raise UserError(f"{key or 'conf/config.yaml'}: {str(error).splitlines()[0]}") from error
+        text = str(error).splitlines()[0].replace(_NO_LIST, "wanted a list, as [true,false]")
+        raise UserError(f"{key or 'conf/config.yaml'}: {text}") from error
     except ValueError as error:
         text = str(error)
         raise UserError(text if text.startswith(f"{where}.") else f"{where}.{text}") from error

@@ -42,7 +42,7 @@ def explain_point(plain: dict[str, Any]) -> dict[str, Any]:
     same = list(same_point(records, experiment))
     here = [known for known in same if _is_of_this(known, experiment, machine)]
     elsewhere = [known for known in same if known not in here]
-    work, ceilings = thing.work(), known_ceilings([*same, *records], machine, experiment)
+    work, ceilings = thing.work(), known_ceilings(records, machine, experiment)
 
     rows = [*asked(params), ("machine", machine_line(fingerprint(machine)))]
     clashes = _clashes(thing) if isinstance(thing, PolicySubject) else []

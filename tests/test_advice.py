@@ -28,6 +28,15 @@ from pi0exp.errors import UserError
             ["attention=sdpa", "attention.backed=math"],
             "attention.backed: there is no setting backed, backend perhaps; ",
         ),
+        (
+            ["attention.backend=math"],
+            "attention.backend: attention=eager has no setting backend; it is one of attention=",
+        ),
+        (
+            ["compile_mode.dependent_launches=true"],
+            "compile_mode.dependent_launches: compile_mode=none has no setting dependent_launches; it is one of",
+        ),
+        (["search.n_trials=5"], "search.n_trials: only study=search has this setting"),
         (["study=search", "search.n_trial=5"], "search.n_trial: there is no setting n_trial, n_trials perhaps; there"),
         (["attention=sdap"], "In 'config': Could not find 'attention/sdap'; Available options in 'attention': aiter, "),
     ],

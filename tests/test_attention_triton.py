@@ -22,7 +22,7 @@ from pi0exp.attention import triton_attention
 from pi0exp.attention.eager import Eager
 from pi0exp.attention.sdpa import Sdpa
 from pi0exp.attention.triton_attention import TritonAttention, attend_by_batch, triton_attend
-from pi0exp.errors import UnsupportedError, UserError
+from pi0exp.errors import UnsupportedError
 from pi0exp.kernels import attention_dense, attention_halves
 from pi0exp.kernels.attention_dense import attend_dense
 from pi0exp.kernels.attention_split import attend_split
@@ -178,10 +178,10 @@ def test_every_stage_gets_its_kernel():
 def test_two_warp_groups_are_the_prefills_of_one_observation(monkeypatch: pytest.MonkeyPatch):
     policy = tiny_policy()
     policy.begin("attention")
-    with pytest.raises(UnsupportedError, match=r"warp_groups=2 is for one key/value head of 256; this model has 1 of"):
-        TritonAttention(warp_groups=2).apply(policy)
+    with pytest.raises(UnsupportedError, match=r"two_groups=true is for one key/value head of 256; this model has 1"):
+        TritonAttention(two_groups=True).apply(policy)
     monkeypatch.setattr(triton_attention, "HEAD_DIM", policy.model.config.head_dim)
-    TritonAttention(warp_groups=2).apply(policy)
+    TritonAttention(two_groups=True).apply(policy)
     assert {one.attend.keywords["op"] for one in policy.instances(Attention, "prefill")} == {attend_by_batch}
     assert all(one.attend.keywords["op"] is attend_dense for one in policy.instances(Attention, "vision"))
     taken = []
@@ -200,19 +200,17 @@ def test_two_warp_groups_say_what_they_need():
     def unmet(machine: Machine, *words: str) -> list[str]:
         return build.unmet(config.stack(plain_config(*words)), machine)
 
-    two = "attention=triton", "attention.warp_groups=2"
+    two = "attention=triton", "attention.two_groups=true"
     assert unmet(h100, *two) == []
     assert build.proofs(config.stack(plain_config(*two))) == [("attention", "attend_halves_kernel")]
     [reason] = unmet(a100, *two)
-    assert reason == "attention: warp_groups=2 needs the architecture sm_90; this machine has A100 (sm_80)"
+    assert reason == "attention: two_groups needs the architecture sm_90; this machine has A100 (sm_80)"
     assert unmet(a100, "attention=triton") == []
-    [reason] = unmet(h100, "attention.vision={name: triton, warp_groups: 2}")
-    assert reason == "attention.vision: warp_groups=2 is the prefill's: set it for that stage"
-    assert unmet(h100, "attention.prefill={name: triton, warp_groups: 2}") == []
+    [reason] = unmet(h100, "attention.vision={name: triton, two_groups: true}")
+    assert reason == "attention.vision: two_groups is the prefill's: set it for that stage"
+    assert unmet(h100, "attention.prefill={name: triton, two_groups: true}") == []
     [reason] = unmet(h100, *two, "precision=fp32")
-    assert reason == "attention: warp_groups=2 is for bf16; this precision has none"
-    with pytest.raises(UserError, match=r"attention.warp_groups is 3; it must be 1 or 2"):
-        config.stack(plain_config("attention=triton", "attention.warp_groups=3"))
+    assert reason == "attention: two_groups is for bf16; this precision has none"
 
 
 @pytest.mark.parametrize("full", [True, False])

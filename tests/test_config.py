@@ -356,7 +356,7 @@ ATTENTIONS = ", ".join(GROUPS_OF["attention"])
 WRONG = [
     # wrong types and names
     ("workload.batch_size=two", "workload.batch_size: "),
-    ("workload.cameras_present=3", "workload.cameras_present: "),
+    ("workload.cameras_present=3", "workload.cameras_present: wanted a list, as [true,false]"),
     ("model.vision.width=abc", "model.vision.width: "),
     ("model.vision=null", "model.vision: "),
     ("model.pi05=maybe", "model.pi05: "),

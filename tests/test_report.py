@@ -140,8 +140,47 @@ def test_parts_are_told_by_what_their_absence_costs():
 def test_commands_measure_as_it_was_measured():
     one = Study("ladder", commands=("python -m pi0exp study=ladder track.results=experiments/results",))
     quick = fakes.made("ladder", ("stack=2_sdpa", "measure=quick"), 20.0)
-    assert chaptered(one, [quick]).commands == (f"{one.commands[0]} measure=quick",)
-    assert chaptered(one, [quick, fakes.made("ladder", (), 30.0)]).commands == one.commands
+    slow, tiny = fakes.made("ladder", (), 30.0), fakes.made("ladder", ("stack=2_sdpa", "model=tiny"), 1.0)
+    for records, words in (
+        ([quick], " measure=quick"),
+        ([quick, slow], ""),
+        ([tiny], " model=tiny"),
+        ([tiny, slow], ""),
+    ):
+        made = chaptered(one, records)
+        assert made.commands(made.machines[0]) == (f"{one.commands[0]}{words}",)
+
+
+@pytest.mark.parametrize("other", [("model=tiny",), ()], ids=["a small model", "no GPU"])
+def test_what_is_no_pi0_on_a_gpu_does_not_answer_for_it(other):
+    later = fakes.made("toy", other, 10.0, prints=at("09") | {"gpu": "Z"} | ({} if other else {"vendor": "cpu"}))
+    earlier = fakes.made("toy", (), 10.0, prints=at("08"))
+    assert document.chapter(Study("toy"), sources.sorted_out([later, earlier]), ()).last.gpu == "NVIDIA H200"
+
+
+def test_a_switch_that_an_older_record_does_not_have_is_off():
+    old, new = (fakes.made("toy", ("stack=2_sdpa",), ms, prints=at(t)) for ms, t in ((11.0, "08"), (10.0, "09")))
+    old = json.loads(json.dumps(old))
+    del old["experiment"]["fusion"]["qkv"]
+    [row] = facets(Study("toy"), [old, new])[0].rows
+    assert row.p50 == 10.0
+    other = json.loads(json.dumps(new))
+    other["experiment"]["fusion"]["qkv"] = True
+    assert len(facets(Study("toy"), [old, new, other])[0].rows) == 2
+
+
+def test_quick_ones_are_counted_among_those_that_measured():
+    records = [
+        fakes.made("toy", ("stack=2_sdpa", "measure=quick"), 10.0),
+        fakes.failed("toy", (), Outcome.UNSUPPORTED, "needs a GPU"),
+    ]
+    assert "1 of 1 in the quick form only" in answer(ReportConfig(), facets(Study("toy"), records))
+
+
+def test_a_record_that_does_not_say_its_day_is_shown():
+    prints = {name: value for name, value in fakes.H200.items() if name not in ("date", "driver", "commit")}
+    made = chaptered(Study("toy"), [fakes.made("toy", (), 10.0, prints=prints)])
+    assert made.machines[0].about.startswith("NVIDIA H200, driver -, torch 2.11.0, day unknown, commit unknown")
 
 
 def test_without_an_interval_times_must_not_overlap():

@@ -86,10 +86,11 @@ def grid(columns: list[tuple[str, bool]], rows: list[list[str]]) -> str:
 
 def machine_line(prints: list[dict[str, Any]]) -> str:
     """The machine of some measurements, with all their drivers, versions of torch, days and commits."""
-    drivers = _all(one["driver"] or "-" for one in prints)
-    torch = _all(one["versions"]["torch"] for one in prints)
-    days, commits = _all(one["date"] for one in prints), _all(one["commit"][:10] or "unknown" for one in prints)
-    return f"{prints[0]['gpu']}, driver {drivers}, torch {torch}, {days}, commit {commits}"
+    drivers = _all(one.get("driver") or "-" for one in prints)
+    torch = _all(one.get("versions", {}).get("torch") or "-" for one in prints)
+    days = _all(one.get("date") or "day unknown" for one in prints)
+    commits = _all(one.get("commit", "")[:10] or "unknown" for one in prints)
+    return f"{prints[0].get('gpu', '?')}, driver {drivers}, torch {torch}, {days}, commit {commits}"
 
 
 def _all(values: Iterable[str]) -> str:

@@ -31,34 +31,30 @@ HEAD_DIM = 256
 class TritonAttention(StagedOption):
     """`attend_dense` for the many rows of vision and prefill, `attend_split` for the few of a denoising step.
 
-    warp_groups: of a program in the prefill of one observation; 2 is `attend_halves`, in which each has every second
-        block of keys. Written for Hopper; no GPU has run it yet.
+    two_groups: `attend_halves` in the prefill of one observation, of whose two warp groups each has every second block
+        of keys. Written for Hopper; no GPU has run it yet.
     """
 
     requires = ANY_GPU
     numerics = Numerics.REORDERED
 
-    warp_groups: int = 1
-
-    def __post_init__(self) -> None:
-        if self.warp_groups not in (1, 2):
-            raise ValueError(f"warp_groups is {self.warp_groups}; it must be 1 or 2")
+    two_groups: bool = False
 
     def proof(self) -> str:
-        return "attend_kernel" if self.warp_groups == 1 else "attend_halves_kernel"  # all other ops launch the first
+        return "attend_halves_kernel" if self.two_groups else "attend_kernel"  # which all other ops launch
 
     def unmet(self, machine: Machine) -> list[str]:
-        hopper = HOPPER.unmet(machine) if self.warp_groups == 2 else []
-        return super().unmet(machine) or [f"warp_groups=2 {reason}" for reason in hopper]
+        hopper = HOPPER.unmet(machine) if self.two_groups else []
+        return super().unmet(machine) or [f"two_groups {reason}" for reason in hopper]
 
     def clashes(self, stack: "Stack") -> list[str]:
-        if self.warp_groups == 1:
+        if not self.two_groups:
             return []
         reasons = []
         if stack.attention.at("prefill") is not self:
-            reasons.append("warp_groups=2 is the prefill's: set it for that stage")
+            reasons.append("two_groups is the prefill's: set it for that stage")
         if isinstance(stack.precision, PrecisionOption) and stack.precision.model.activations != torch.bfloat16:
-            reasons.append("warp_groups=2 is for bf16; this precision has none")
+            reasons.append("two_groups is for bf16; this precision has none")
         return reasons
 
     def apply_to(self, policy: Policy, stages: tuple[str, ...]) -> None:
@@ -68,11 +64,11 @@ class TritonAttention(StagedOption):
 
         for stage in stages:
             op, name = (attend_split, "attend_split") if stage == "denoise" else (attend_dense, "attend_dense")
-            if stage == "prefill" and self.warp_groups == 2:
+            if stage == "prefill" and self.two_groups:
                 config = policy.model.config
                 if (config.num_kv_heads, config.head_dim) != (1, HEAD_DIM):
                     raise UnsupportedError(
-                        f"attention.warp_groups=2 is for one key/value head of {HEAD_DIM};"
+                        f"attention.two_groups=true is for one key/value head of {HEAD_DIM};"
                         f" this model has {config.num_kv_heads} of {config.head_dim}"
                     )
                 op, name = attend_by_batch, "attend_halves of one observation, attend_dense of more"

@@ -31,13 +31,14 @@ def _counted(found: Sequence[Facet], always: bool) -> str:
     """How many measurements ended otherwise, how many were quick ones, and on how many GPUs."""
     rows = [row for facet in found for row in facet.rows]
     outcomes = Counter(row.record["outcome"] for row in rows)
-    quick = sum(row.quick for row in rows if row.ok)
+    measured = [row for row in rows if row.ok]
+    quick = sum(row.quick for row in measured)
     parts = []
     if always or set(outcomes) != {"ok"}:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
         parts.append(f"{len(rows)} measurement{'s' * (len(rows) != 1)}: {counts}.")
     if quick:
-        parts.append(f"{quick} of {len(rows)} in the quick form only: wider intervals.")
+        parts.append(f"{quick} of {len(measured)} in the quick form only: wider intervals.")
     if (count := len(cards(found))) > 1:
         parts.append(f"On {count} GPUs of this kind: what waits for the host is also a figure of that host.")
     return " ".join(parts)

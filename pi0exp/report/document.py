@@ -18,6 +18,8 @@ from pi0exp.track import Record
 
 MOST_NAMED = 6
 """Points that are missing, by name."""
+PLAIN_MODEL = "pi0"
+"""Of `conf/config.yaml`."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Table:
 class Machine:
     """A study on one GPU. slug: its folder. about: GPU, versions, days, commits. when: `measured_at` of the last.
 
-    lacks: so many points of the study were not measured there.
+    lacks: so many points of the study were not measured there. words: with which the study's commands measure them as
+    they were.
     """
 
     slug: str
@@ -44,6 +47,7 @@ class Machine:
     about: str
     when: str
     lacks: int
+    words: tuple[str, ...]
     answer: str
     facets: tuple[Facet, ...]
     tables: tuple[Table, ...]
@@ -58,6 +62,15 @@ class Machine:
     def rows(self) -> list[Row]:
         return [row for facet in self.facets for row in facet.rows]
 
+    @property
+    def has_gpu(self) -> bool:
+        return any(row.record["fingerprint"].get("vendor", "cpu") != "cpu" for row in self.rows)
+
+    @property
+    def other_models(self) -> bool:
+        """Whether a model was asked for that the study does not name."""
+        return any(word.startswith("model=") for word in self.words)
+
 
 @dataclass(frozen=True)
 class Chapter:
@@ -69,22 +82,27 @@ class Chapter:
 
     @property
     def last(self) -> Machine | None:
-        """The machine that lacks the fewest points; of several the one that measured last, and then the first."""
-        return max(self.machines, key=lambda machine: (-machine.lacks, machine.when), default=None)
+        """The machine that speaks for the study: rather of Pi0 than of a smaller model, rather with a GPU than without,
+        with the fewest points lacking; of several the one that measured last, and then the first.
+        """
+        return max(
+            self.machines, key=lambda one: (not one.other_models, one.has_gpu, -one.lacks, one.when), default=None
+        )
 
     @property
     def answer(self) -> str:
         """Of the machine that speaks for the study."""
         return "" if self.last is None else self.last.answer
 
-    @property
-    def commands(self) -> tuple[str, ...]:
-        """How to measure it again as it was: quickly, if all of it was."""
-        rows = [row for machine in self.machines for row in machine.rows if row.ok]
-        if not rows or not all(row.quick for row in rows):
-            return self.study.commands
+    def commands(self, machine: Machine) -> tuple[str, ...]:
+        """How to measure it again as that machine did."""
         named = f"study={self.study.name} "
-        return tuple(f"{one} measure=quick" if named in one else one for one in self.study.commands)
+        return tuple(" ".join([one, *machine.words]) if named in one else one for one in self.study.commands)
+
+    @property
+    def again(self) -> tuple[str, ...]:
+        """The commands of all machines, each once."""
+        return tuple(dict.fromkeys(one for machine in self.machines for one in self.commands(machine)))
 
 
 def chapter(study: Study, measured: Measured, figures: Sequence[Figure]) -> Chapter:
@@ -112,11 +130,21 @@ def machine(study: Study, slug: str, records: Sequence[Record]) -> Machine:
         about=about,
         when=max(map(measured_at, kept)),
         lacks=len(absent),
+        words=tuple(asked_for(study, found)),
         answer=" ".join(filter(None, [answer(study.report, found), incomplete(absent, study)])),
         facets=tuple(found),
         tables=(*(table(study, facet, cards(found)) for facet in found), *parts(found)),
         plots=tuple(plots(study.report, found)),
     )
+
+
+def asked_for(study: Study, found: Sequence[Facet]) -> list[str]:
+    """The words that a study does not say and that all its rows had: another model, and measure=quick."""
+    rows = [row for facet in found for row in facet.rows if row.ok]
+    models = {str(row.record["params"].get("model", PLAIN_MODEL)) for row in rows}
+    free = not any("model" in words for words in study.planned)
+    named = [f"model={model}" for model in models if free and len(models) == 1 and model != PLAIN_MODEL]
+    return named + ["measure=quick"] * bool(rows and all(row.quick for row in rows))
 
 
 def incomplete(points: Sequence[str], study: Study) -> str:
