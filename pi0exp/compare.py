@@ -16,7 +16,8 @@ from pi0exp import interrupts, intervals, pipes
 from pi0exp.card import aligned, console
 from pi0exp.comparison import HEADLINE, Comparison, Row, compare, interleaved, ratio_text
 from pi0exp.errors import UserError
-from pi0exp.operands import Operands, Point, comparable
+from pi0exp.known import comparable
+from pi0exp.operands import Operands, Point
 from pi0exp.result import CONFIG_ERROR, Outcome
 
 EPILOG = f"""examples:

@@ -45,8 +45,8 @@ TABLE: tuple[tuple[str, str], ...] = (
     # cuBLAS: nvjet, gemm*, gemv*, splitKreduce, xmma; CUTLASS: Kernel2, device_kernel, cutlass_*; cuDNN's and MIOpen's
     # convolutions, which are products, too; Tensile (hipBLASLt, rocBLAS): Cijk_*; CK and aiter: *gemm*; vLLM on ROCm:
     # wvSplitK, LLMM1; llama.cpp's mul_mat_q, mul_mat_vec_q; Triton kernels called matmul or mm; our tile_gemm,
-    # skinny_gemm, stream_*.
-    ("gemm", r"^stream_(qkv|gated|residual|embed|begin|end|layers|ring|wide)_"),
+    # skinny_gemm, patch_embed, stream_*.
+    ("gemm", r"^patch_embed_|^stream_(qkv|gated|residual|embed|begin|end|layers|ring|wide)_"),
     ("gemm", r"gemm|gemv|nvjet|cublas|split_?k|xmma|wgmma|cutlass|Cijk_|matmul|mul_mat|flatmm|LLMM|(^|_)b?mm(_|$)"),
     ("gemm", r"\bdot_kernel|convol|conv[123]d|conv_|igemm|winograd|ConvAsm|AsmConv|conv.*(fwd|fprop)|fprop"),
     # PyTorch's, Apex's, TransformerEngine's, Liger's, aiter's (Rmsnorm2dFwd, layernorm2d), our *_norm. In eager RMSNorm

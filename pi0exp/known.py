@@ -94,13 +94,23 @@ def _short(path: Path) -> str:
 
 def same_point(records: Iterable[Known], experiment: dict[str, Any]) -> Iterator[Known]:
     """The records of this experiment, however it was measured and whatever the code of its plugins was."""
-    wanted = _without_measure(experiment)
-    return (known for known in records if _without_measure(known.record["experiment"]) == wanted)
+    wanted = comparable(experiment)
+    return (known for known in records if comparable(known.record["experiment"]) == wanted)
 
 
-def _without_measure(experiment: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: part for name, part in experiment.items() if name not in ("measure", "plugins")}
+def comparable(experiment: dict[str, Any]) -> dict[str, Any]:
+    """Without how it was measured and by which code: what makes two records the same point of two studies.
+
+    And without switches that are off, which an older record may not have yet: a new one is off where it is not set.
+    """
+    kept = {name: _without_off(part) for name, part in experiment.items() if name not in ("measure", "plugins")}
     return kept | {"names": {group: name for group, name in kept.get("names", {}).items() if group != "measure"}}
+
+
+def _without_off(part: Any) -> Any:
+    if not isinstance(part, dict):
+        return part
+    return {name: _without_off(value) for name, value in part.items() if value is not False and value is not None}
 
 
 def known_ceilings(

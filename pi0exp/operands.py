@@ -10,7 +10,7 @@ from typing import Any
 
 from pi0exp import compose, config, subject
 from pi0exp.errors import UserError
-from pi0exp.known import Known, known_records, same_point, store_exists
+from pi0exp.known import Known, comparable, known_records, same_point, store_exists
 from pi0exp.load import read_record, result_files
 from pi0exp.machine import tracking_uri
 from pi0exp.measure import target_machine
@@ -119,21 +119,6 @@ def _experiment(record: Record) -> str:
 
 def _sorted(value: Any) -> Any:
     return [(key, _sorted(value[key])) for key in sorted(value)] if isinstance(value, dict) else value
-
-
-def comparable(experiment: dict[str, Any]) -> dict[str, Any]:
-    """Without how it was measured and by which code: what makes two records the same point of two studies.
-
-    And without switches that are off, which an older record may not have yet: a new one is off where it is not set.
-    """
-    kept = {name: _without_off(part) for name, part in experiment.items() if name not in ("measure", "plugins")}
-    return kept | {"names": {group: name for group, name in kept.get("names", {}).items() if group != "measure"}}
-
-
-def _without_off(part: Any) -> Any:
-    if not isinstance(part, dict):
-        return part
-    return {name: _without_off(value) for name, value in part.items() if value is not False and value is not None}
 
 
 @dataclass

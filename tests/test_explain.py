@@ -311,3 +311,14 @@ def test_full_size_takes_no_memory(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "27 Attention.attend" in done.stdout
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 << 20
+
+
+def test_a_record_without_a_newer_switch_is_of_the_same_point():
+    plain = plain_config("stack=2_sdpa")
+    experiment = experiment_of(plain)
+    older = json.loads(json.dumps(experiment))
+    del older["fusion"]["patches"]
+    other = json.loads(json.dumps(experiment))
+    other["fusion"]["patches"] = True
+    records = [Known("a file", {"experiment": one}) for one in (older, other)]
+    assert list(same_point(records, experiment)) == records[:1]

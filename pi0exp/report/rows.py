@@ -12,7 +12,7 @@ from pi0exp import compose
 from pi0exp.config import GROUPS
 from pi0exp.experiments.tables.points import changed, changes, short
 from pi0exp.interval import median_interval
-from pi0exp.operands import comparable
+from pi0exp.known import comparable
 from pi0exp.option import STAGES
 from pi0exp.result import Outcome, measured_at
 from pi0exp.track import Record
