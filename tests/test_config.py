@@ -27,7 +27,7 @@ EXPECTED = {
     "attention_backends": 8,
     "batch_scaling": 7,
     "breakdown": 5,
-    "compile_modes": 7,
+    "compile_modes": 9,
     "fidelity": 30,
     "gemm_efficiency": 16,
     "graph_capture": 6,
