@@ -58,6 +58,8 @@ class Requires:
 
 
 ANY_GPU = Requires(vendors=("nvidia", "amd"))
+HOPPER = Requires(vendors=("nvidia",), archs=("sm_90",))
+"""For kernels that were written for it: its matrix instruction, its copy engine, its cooperative launches."""
 
 
 def _unmet_package(requirement: str) -> str | None:

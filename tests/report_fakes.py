@@ -7,6 +7,9 @@ import numpy as np
 
 from pi0exp import compose, config, point, subject
 from pi0exp.kernel_table import CATEGORIES
+from pi0exp.report import document, sources
+from pi0exp.report.document import Chapter
+from pi0exp.report.study import Study
 from pi0exp.result import Outcome, Result, record
 from pi0exp.timing import steadiness, summary
 from pi0exp.track import Record
@@ -140,3 +143,12 @@ def batches() -> list[Record]:
 
 def configured(**values: Any) -> config.ReportConfig:
     return config.report({"report": values})
+
+
+def at(time: str) -> dict[str, Any]:
+    """The machine at an hour of its day; "" where a record does not say it."""
+    return H200 | ({"time": f"2026-01-02T{time}:00:00+00:00"} if time else {})
+
+
+def chaptered(study: Study, records: list[Record]) -> Chapter:
+    return document.chapter(study, sources.sorted_out(records), [])

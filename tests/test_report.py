@@ -14,7 +14,7 @@ from pi0exp.experiments.tables import answers
 from pi0exp.known import RESULTS
 from pi0exp.load import write_record
 from pi0exp.report import __main__ as command
-from pi0exp.report import document, files, published, sources, study, text
+from pi0exp.report import files, published, sources, study, text
 from pi0exp.report.answers import ANSWERS, answer
 from pi0exp.report.cells import number
 from pi0exp.report.chapters import chapters
@@ -30,10 +30,6 @@ LADDER = Study(
     fakes.configured(label=["stack"], metrics=["latency_ms/p50", "energy_j/call", "error/rel_l2"], answer="ladder"),
     tuple({"workload": load, "stack": name} for load in ("default", "masked") for name in [*fakes.RUNGS, "fork_best"]),
 )
-
-
-def chaptered(one, records):
-    return document.chapter(one, sources.sorted_out(records), [])
 
 
 def rows_of(table):
@@ -54,9 +50,9 @@ def test_rows_stand_in_the_order_of_the_sweep_and_facets_apart():
 
 def test_what_is_missing_is_said():
     whole = [*fakes.ladder(), fakes.made("ladder", ("stack=fork_best", "workload=default"), 9.0)]
-    (complete,) = chaptered(LADDER, whole).machines
+    (complete,) = fakes.chaptered(LADDER, whole).machines
     assert "Not measured" not in complete.answer
-    (torn,) = chaptered(LADDER, [one for one in whole if one["params"]["workload"] == "default"]).machines
+    (torn,) = fakes.chaptered(LADDER, [one for one in whole if one["params"]["workload"] == "default"]).machines
     count, first = len(fakes.RUNGS) + 1, next(iter(fakes.RUNGS))
     assert f"Not measured: {count} of {2 * count} points (`workload=masked stack={first}`, " in torn.answer
 
@@ -137,29 +133,8 @@ def test_parts_are_told_by_what_their_absence_costs():
     assert "whole stack" not in answer(one.report, facets(one, [seeds[0], records[3]]))  # noise is not known
 
 
-def test_commands_measure_as_it_was_measured():
-    one = Study("ladder", commands=("python -m pi0exp study=ladder track.results=experiments/results",))
-    quick = fakes.made("ladder", ("stack=2_sdpa", "measure=quick"), 20.0)
-    slow, tiny = fakes.made("ladder", (), 30.0), fakes.made("ladder", ("stack=2_sdpa", "model=tiny"), 1.0)
-    for records, words in (
-        ([quick], " measure=quick"),
-        ([quick, slow], ""),
-        ([tiny], " model=tiny"),
-        ([tiny, slow], ""),
-    ):
-        made = chaptered(one, records)
-        assert made.commands(made.machines[0]) == (f"{one.commands[0]}{words}",)
-
-
-@pytest.mark.parametrize("other", [("model=tiny",), ()], ids=["a small model", "no GPU"])
-def test_what_is_no_pi0_on_a_gpu_does_not_answer_for_it(other):
-    later = fakes.made("toy", other, 10.0, prints=at("09") | {"gpu": "Z"} | ({} if other else {"vendor": "cpu"}))
-    earlier = fakes.made("toy", (), 10.0, prints=at("08"))
-    assert document.chapter(Study("toy"), sources.sorted_out([later, earlier]), ()).last.gpu == "NVIDIA H200"
-
-
 def test_a_switch_that_an_older_record_does_not_have_is_off():
-    old, new = (fakes.made("toy", ("stack=2_sdpa",), ms, prints=at(t)) for ms, t in ((11.0, "08"), (10.0, "09")))
+    old, new = (fakes.made("toy", ("stack=2_sdpa",), ms, prints=fakes.at(t)) for ms, t in ((11.0, "08"), (10.0, "09")))
     old = json.loads(json.dumps(old))
     del old["experiment"]["fusion"]["qkv"]
     [row] = facets(Study("toy"), [old, new])[0].rows
@@ -175,12 +150,6 @@ def test_quick_ones_are_counted_among_those_that_measured():
         fakes.failed("toy", (), Outcome.UNSUPPORTED, "needs a GPU"),
     ]
     assert "1 of 1 in the quick form only" in answer(ReportConfig(), facets(Study("toy"), records))
-
-
-def test_a_record_that_does_not_say_its_day_is_shown():
-    prints = {name: value for name, value in fakes.H200.items() if name not in ("date", "driver", "commit")}
-    made = chaptered(Study("toy"), [fakes.made("toy", (), 10.0, prints=prints)])
-    assert made.machines[0].about.startswith("NVIDIA H200, driver -, torch 2.11.0, day unknown, commit unknown")
 
 
 def test_without_an_interval_times_must_not_overlap():
@@ -223,39 +192,6 @@ def test_of_one_point_the_latest_counts_and_a_quick_one_only_alone():
     assert latest([quick]) == [quick]
 
 
-def at(time: str) -> dict:
-    return fakes.H200 | ({"time": f"2026-01-02T{time}:00:00+00:00"} if time else {})
-
-
-def test_of_one_day_the_latest_counts_whatever_its_file_is_called(tmp_path):
-    """An older record says the day only, and comes before those that say the time. What is printed stays a day."""
-    points = [fakes.made("toy", ("stack=2_sdpa",), float(10 + i), prints=at(t)) for i, t in enumerate(("", "09", "23"))]
-    for keys in ("123", "321", "312"):
-        for one, digit in zip(points, keys, strict=True):
-            write_record(one | {"key": digit * 16}, tmp_path / keys)
-        found = sources.committed(["toy"], tmp_path / keys)
-        assert [one["key"][0] for one in found["toy"]["nvidia-h200"]] == list(keys)
-        [machine] = document.chapter(Study("toy"), found, ()).machines
-        assert [row.p50 for row in machine.rows] == [12.0]
-        assert machine.date == "2026-01-02"
-        assert "2026-01-02, commit" in machine.about
-
-
-def test_the_machine_that_measured_last_answers():
-    early = fakes.made("toy", (), 10.0, prints=at("08"))
-    late = fakes.made("toy", (), 10.0, prints=at("09") | {"gpu": "Z"})
-    assert document.chapter(Study("toy"), sources.sorted_out([late, early]), ()).last.gpu == "Z"
-
-
-def test_a_few_points_of_a_later_machine_do_not_answer_for_all():
-    study = Study("toy", planned=({"stack": "2_sdpa"}, {"stack": "9_kernels"}))
-    whole = [fakes.made("toy", (f"stack={name}",), 10.0, prints=at("08")) for name in ("2_sdpa", "9_kernels")]
-    later = fakes.made("toy", ("stack=2_sdpa",), 10.0, prints=at("09") | {"gpu": "Z"})
-    made = document.chapter(study, sources.sorted_out([*whole, later]), ())
-    assert (made.last.gpu, made.last.lacks) == ("NVIDIA H200", 0)
-    assert [machine.lacks for machine in made.machines] == [0, 1]
-
-
 def test_equal_labels_are_told_apart():
     records = [fakes.made("toy", ("stack=2_sdpa", f"workload.horizon={n}"), 10.0 + n) for n in (10, 50)]
     one = Study("toy", report=fakes.configured(label=["stack"], facet=[]))
@@ -274,7 +210,7 @@ def test_what_is_swept_does_not_split_the_workload():
 
 
 def test_table_has_intervals_speed_up_and_the_reason_of_what_failed():
-    default, masked = chaptered(LADDER, fakes.ladder()).machines[0].tables
+    default, masked = fakes.chaptered(LADDER, fakes.ladder()).machines[0].tables
     first = rows_of(default)["0_eager"]
     assert (first["p50 ms"], first["speed-up"], first["numerics"]) == ("160.00", "1", "EXACT")
     assert re.fullmatch(r"159\.\d\d to 160\.\d\d", first["95 %"])
@@ -298,10 +234,10 @@ def test_an_older_record_has_an_interval_from_its_samples():
 
 def test_quick_rows_say_so_among_others_and_once_for_all():
     quick = fakes.made("toy", ("stack=2_sdpa", "measure=quick"), 20.0, calls=30)
-    [machine] = chaptered(Study("toy"), [quick, fakes.made("toy", (), 30.0)]).machines
+    [machine] = fakes.chaptered(Study("toy"), [quick, fakes.made("toy", (), 30.0)]).machines
     assert rows_of(machine.tables[0])["2_sdpa"]["remarks"] == "quick form, 30 calls"
     assert "1 of 2 in the quick form only" in machine.answer
-    [machine] = chaptered(Study("toy"), [quick]).machines
+    [machine] = fakes.chaptered(Study("toy"), [quick]).machines
     assert [c.title for c in machine.tables[0].columns][-1] != "remarks"
     assert "1 of 1 in the quick form only" in machine.answer
 
@@ -312,20 +248,20 @@ def test_rows_of_several_gpus_of_a_kind_say_which():
 
     failed = fakes.failed("toy", ("stack=5_cameras",), Outcome.OOM, "full")
     made = [row("1_graphs", "GPU-b"), row("2_sdpa", "GPU-a"), row("3_skip", "GPU-b"), row("7_hoists", ""), failed]
-    [machine] = chaptered(Study("toy"), made).machines
+    [machine] = fakes.chaptered(Study("toy"), made).machines
     cards = {name: cells["GPU"] for name, cells in rows_of(machine.tables[0]).items()}
     first = cards["1_graphs"]
     assert {first, cards["2_sdpa"]} == {"A", "B"}
     assert cards["3_skip"] == first
     assert (cards["7_hoists"], cards["5_cameras"]) == ("-", "-")
     assert "On 2 GPUs of this kind" in machine.answer
-    [machine] = chaptered(Study("toy"), [row("1_graphs", "GPU-b"), row("3_skip", "GPU-b")]).machines
+    [machine] = fakes.chaptered(Study("toy"), [row("1_graphs", "GPU-b"), row("3_skip", "GPU-b")]).machines
     assert "GPU" not in rows_of(machine.tables[0])["1_graphs"]
     assert "of this kind" not in machine.answer
 
 
 def test_times_of_microseconds_are_shown_as_such():
-    [machine] = chaptered(Study("toy"), [fakes.made("toy", (), 0.021)]).machines
+    [machine] = fakes.chaptered(Study("toy"), [fakes.made("toy", (), 0.021)]).machines
     assert rows_of(machine.tables[0])["none: plain PyTorch"]["p50 us"] == "21.00"
 
 
@@ -336,7 +272,7 @@ def test_parts_of_a_point_have_a_table():
         "case_ratio/small/eager": 4.0,
         "case_share/small": 0.5,
     }
-    [machine] = chaptered(Study("toy"), [fakes.made("toy", (), 1.0, metrics=parts)]).machines
+    [machine] = fakes.chaptered(Study("toy"), [fakes.made("toy", (), 1.0, metrics=parts)]).machines
     assert machine.tables[-1].caption == "none: plain PyTorch · part by part"
     assert rows_of(machine.tables[-1]) == {
         "small": {"case": "`small`", "op us": "2", "eager us": "8", "eager takes": "4.00 x", "share": "50 %"}
@@ -353,7 +289,7 @@ def test_numbers(value, shown):
 
 def test_markdown_escapes_what_would_end_a_cell():
     record = fakes.failed("toy", (), Outcome.UNSUPPORTED, "needs a | b\nand more")
-    page = text.printed([chaptered(Study("toy"), [record])])
+    page = text.printed([fakes.chaptered(Study("toy"), [record])])
     assert "unsupported: needs a &#124; b and more |" in page
 
 
@@ -480,8 +416,8 @@ def test_every_published_figure_is_in_some_chapter():
 
 
 def test_index_and_picture_of_the_readmes(monkeypatch):
-    found = [chaptered(LADDER, fakes.ladder()), chaptered(Study("masking", "What do masks cost?"), [])]
-    monkeypatch.setattr(answers, "_chapters", lambda: [*found, chaptered(Study("nobody"), [])])
+    found = [fakes.chaptered(LADDER, fakes.ladder()), fakes.chaptered(Study("masking", "What do masks cost?"), [])]
+    monkeypatch.setattr(answers, "_chapters", lambda: [*found, fakes.chaptered(Study("nobody"), [])])
     index = answers.answers("all")
     link = "[NVIDIA H200](results/ladder/nvidia-h200.md)"
     assert re.search(
@@ -522,7 +458,7 @@ def test_own_runs_and_committed_results_come_together(tmp_path):
 
 
 def test_a_run_of_the_store_is_not_later_than_a_file_for_being_there(tmp_path):
-    own, file = (fakes.made("toy", (), ms, prints=at(time)) for ms, time in ((30.0, "08"), (20.0, "09")))
+    own, file = (fakes.made("toy", (), ms, prints=fakes.at(time)) for ms, time in ((30.0, "08"), (20.0, "09")))
     Store.open(root=tmp_path / "root").import_record(own)
     write_record(file, tmp_path / "results")
     found = sources.tracked(["toy"], None, tmp_path / "root", tmp_path / "results")["toy"]["nvidia-h200"]

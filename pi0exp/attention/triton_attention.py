@@ -15,14 +15,13 @@ from pi0exp.errors import UnsupportedError
 from pi0exp.machine import Machine
 from pi0exp.model.layers import Attention
 from pi0exp.model.mask import Mask
-from pi0exp.option import ANY_GPU, Numerics, Requires, StagedOption
+from pi0exp.option import ANY_GPU, HOPPER, Numerics, StagedOption
 from pi0exp.policy import Policy
 from pi0exp.precision.option import PrecisionOption
 
 if TYPE_CHECKING:
     from pi0exp.config import Stack
 
-HOPPER = Requires(vendors=("nvidia",), archs=("sm_90",))
 HEAD_DIM = 256
 """Of Gemma's heads, for which `attend_halves` is made."""
 

@@ -11,16 +11,13 @@ from typing import TYPE_CHECKING
 from pi0exp.fusion import blocks, kernels, projections, vision
 from pi0exp.fusion.rewrites import Rewrites
 from pi0exp.machine import Machine
-from pi0exp.option import ANY_GPU, Numerics, Option, Requires
+from pi0exp.option import ANY_GPU, HOPPER, Numerics, Option, Requires
 from pi0exp.policy import Policy
 
 if TYPE_CHECKING:
     from pi0exp.config import Stack
 
 NVIDIA = Requires(vendors=("nvidia",))
-HOPPER = Requires(vendors=("nvidia",), archs=("sm_90",))
-"""What `persistent` and `ring` were written for and tried on: a cooperative launch, the lanes of its matrix
-instruction, and its copy engine."""
 
 
 @dataclass(frozen=True)

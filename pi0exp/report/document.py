@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from string import ascii_uppercase
 
+from pi0exp import compose
 from pi0exp.experiments.tables.points import machine_line
 from pi0exp.report import published
 from pi0exp.report.answers import answer
@@ -18,8 +19,6 @@ from pi0exp.track import Record
 
 MOST_NAMED = 6
 """Points that are missing, by name."""
-PLAIN_MODEL = "pi0"
-"""Of `conf/config.yaml`."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +140,10 @@ def machine(study: Study, slug: str, records: Sequence[Record]) -> Machine:
 def asked_for(study: Study, found: Sequence[Facet]) -> list[str]:
     """The words that a study does not say and that all its rows had: another model, and measure=quick."""
     rows = [row for facet in found for row in facet.rows if row.ok]
-    models = {str(row.record["params"].get("model", PLAIN_MODEL)) for row in rows}
+    plain = compose.defaults()["model"]
+    models = {str(row.record["params"].get("model", plain)) for row in rows}
     free = not any("model" in words for words in study.planned)
-    named = [f"model={model}" for model in models if free and len(models) == 1 and model != PLAIN_MODEL]
+    named = [f"model={model}" for model in models if free and len(models) == 1 and model != plain]
     return named + ["measure=quick"] * bool(rows and all(row.quick for row in rows))
 
 
